@@ -1,0 +1,113 @@
+"""The specification: README.md of this folder, written as plain PyTorch with explicit derivatives.
+
+Holds N×K matrices, so it is for reading, checking and small problems. Every function takes latents
+``z`` (H, N, D), a ``codebook`` (H, K, D) and a ``temperature`` (); H counts independent codebooks.
+Half-precision inputs are computed in float32, float64 stays float64.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from softvq.kernels.dtypes import accumulation_dtype
+
+
+class Centred(NamedTuple):
+    """Both inputs moved by the codebook's mean, in the accumulation dtype."""
+
+    z: Tensor  # (H, N, D)
+    codebook: Tensor  # (H, K, D)
+    mean: Tensor  # (H, 1, D)
+
+
+def centre(z: Tensor, codebook: Tensor) -> Centred:
+    """Subtract the codebook's mean from latents and codes; no distance changes."""
+    dtype = accumulation_dtype(z, codebook)
+    z, codebook = z.to(dtype), codebook.to(dtype)
+    mean = codebook.mean(1, keepdim=True)
+    return Centred(z - mean, codebook - mean, mean)
+
+
+def scores(z: Tensor, codebook: Tensor, temperature: Tensor) -> Tensor:
+    """s = −‖z − c‖²/T, (H, N, K). Differentiable by autograd."""
+    z, codebook, _ = centre(z, codebook)
+    squared_distance = (
+        z.square().sum(-1)[..., None]
+        - 2 * z @ codebook.mT
+        + codebook.square().sum(-1)[..., None, :]
+    )
+    return -squared_distance / temperature.to(z.dtype)
+
+
+def soft_forward(
+    z: Tensor, codebook: Tensor, temperature: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantized (H, N, D), indices (H, N), log-partition (H, N) and entropy (H, N)."""
+    s = scores(z, codebook, temperature)
+    log_partition = s.logsumexp(-1)
+    log_p = s - log_partition[..., None]
+    p = log_p.exp()
+    quantized = p @ codebook.to(p.dtype)
+    entropy = -(p * log_p).sum(-1)
+    return quantized.to(z.dtype), s.argmax(-1), log_partition, entropy
+
+
+def soft_backward(
+    z: Tensor,
+    codebook: Tensor,
+    temperature: Tensor,
+    grad_quantized: Tensor | None,
+    grad_log_partition: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_usage: Tensor | None,
+    needs_z: bool,
+    needs_codebook: bool,
+    needs_temperature: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of z (H, N, D), codebook (H, K, D) and temperature () for the gradients given.
+
+    A missing incoming gradient is zero; an outgoing one that is not needed is None.
+    """
+    s = scores(z, codebook, temperature)
+    centred_z, centred_codebook, _ = centre(z, codebook)
+    two_over_t = 2 / temperature.to(s.dtype)
+
+    log_partition = s.logsumexp(-1)
+    log_p = s - log_partition[..., None]
+    p = log_p.exp()
+    entropy = -(p * log_p).sum(-1)
+
+    g = torch.zeros_like(centred_z) if grad_quantized is None else grad_quantized.to(s.dtype)
+    lam = torch.zeros_like(entropy) if grad_log_partition is None else grad_log_partition
+    a = g @ centred_codebook.mT
+    if grad_usage is not None:
+        a = a + grad_usage[:, None, :] / z.shape[1]
+    if grad_entropy is not None:
+        a = a - grad_entropy[..., None] * log_p
+    delta = (p * a).sum(-1, keepdim=True)
+    softmax_part = p * (a - delta)
+    e = softmax_part + lam[..., None] * p
+
+    grad_z = grad_codebook = grad_temperature = None
+    if needs_z:
+        grad_z = two_over_t * (e @ centred_codebook - lam[..., None] * centred_z)
+        grad_z = grad_z.to(z.dtype)
+    if needs_codebook:
+        pull = e.mT @ centred_z - e.sum(1)[..., None] * centred_codebook
+        grad_codebook = (p.mT @ g + two_over_t * pull).to(codebook.dtype)
+    if needs_temperature:
+        row = (softmax_part * log_p).sum(-1) + lam * (log_partition - entropy)
+        grad_temperature = -row.sum() / temperature.to(s.dtype)
+    return grad_z, grad_codebook, grad_temperature
+
+
+def probability_sums(z: Tensor, codebook: Tensor, temperature: Tensor, values: Tensor) -> Tensor:
+    """Σ_n p_nk values_n, (H, K, V), for values (H, N, V)."""
+    p = scores(z, codebook, temperature).softmax(-1)
+    return p.mT @ values.to(p.dtype)
+
+
+def nearest(z: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the nearest code, (H, N) int64; the lowest index wins a tie."""
+    return scores(z, codebook, z.new_ones(())).argmax(-1)

@@ -1,0 +1,193 @@
+"""The public operators: validation, layout and the choice of a backend around `softvq.kernels`."""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from softvq.kernels import autograd, operators, reference
+
+Estimator = Literal["soft", "straight_through"]
+Backend = Literal["auto", "streaming", "reference"]
+Precision = Literal["highest", "high", "medium"]
+
+
+class SoftQuantized(NamedTuple):
+    """What `soft_quantize` returns; (...) are the leading dimensions of z, heads included."""
+
+    quantized: Tensor  #     (..., D), dtype of z
+    indices: Tensor  #       (...), int64, the nearest code
+    log_partition: Tensor  # (...), float32 or float64: log Σ_k exp(−‖z−c_k‖²/T)
+    entropy: Tensor  #       (...), float32 or float64: nats
+
+
+def soft_quantize(
+    z: Tensor,
+    codebook: Tensor,
+    temperature: float | Tensor,
+    *,
+    estimator: Estimator = "soft",
+    detach_probabilities: bool = False,
+    backend: Backend = "auto",
+    precision: Precision | None = None,
+) -> SoftQuantized:
+    """Quantise latents softly: q = softmax(−‖z−c‖²/T) · C, without an N×K matrix.
+
+    Args:
+        z: (..., D), float16, bfloat16, float32 or float64. With H codebooks: (..., H, D).
+        codebook: (K, D), or (H, K, D) for H independent codebooks; any of the same dtypes.
+        temperature: T > 0, the divisor of the squared distance **summed** over D. A number, or a
+            0-d tensor (differentiable; on a GPU it is used without a host synchronisation, and a
+            compiled graph does not recompile when it changes).
+        estimator: "soft", or "straight_through": the value of the nearest code with the gradient
+            of the soft one.
+        detach_probabilities: treat the probabilities as constants: only the codebook receives a
+            gradient, Pᵀ·dq, and log_partition and entropy receive none (the original Soft VQ-VAE).
+        backend: "auto", "streaming" (no N×K matrix, any device) or "reference" (N×K matrices, for
+            checking). Both differentiate z, codebook and temperature by hand-written formulas.
+        precision: how a GPU kernel may multiply float32, in the words of
+            `torch.set_float32_matmul_precision`, which None follows. The PyTorch backends
+            multiply in full float32 whatever it says, at the device's own matmul settings.
+
+    Raises:
+        TypeError: a tensor that is not floating point.
+        ValueError: a shape, a temperature or a name that is not allowed.
+
+    The derivation stands in kernels/README.md.
+    """
+    _one_of("estimator", estimator, Estimator)
+    if precision is not None:
+        _one_of("precision", precision, Precision)
+    z_heads, codebook_heads, temperature, backend = _prepare(z, codebook, temperature, backend)
+    outputs = autograd.SoftQuantize.apply(
+        z_heads,
+        codebook_heads,
+        temperature,
+        estimator == "straight_through",
+        detach_probabilities,
+        backend,
+    )
+    return SoftQuantized(*(_as_rows(output, z, codebook) for output in outputs))
+
+
+def code_usage(
+    z: Tensor, codebook: Tensor, temperature: float | Tensor, *, backend: Backend = "auto"
+) -> Tensor:
+    """Mean assignment probability of each code over all rows of z, (K,) or (H, K); differentiable.
+
+    Arguments and errors as in `soft_quantize`; a batch without rows has no mean and gives NaN.
+    """
+    z_heads, codebook_heads, temperature, backend = _prepare(z, codebook, temperature, backend)
+    usage = autograd.CodeUsage.apply(z_heads, codebook_heads, temperature, backend)
+    return usage if codebook.dim() == 3 else usage[0]
+
+
+def assignment_probabilities(z: Tensor, codebook: Tensor, temperature: float | Tensor) -> Tensor:
+    """softmax(−‖z−c‖²/T), (..., K). The only call that holds an N×K matrix; differentiable.
+
+    Arguments and errors as in `soft_quantize`.
+    """
+    z_heads, codebook_heads, temperature, _ = _prepare(z, codebook, temperature, "reference")
+    p = reference.scores(z_heads, codebook_heads, temperature).softmax(-1)
+    return _as_rows(p, z, codebook)
+
+
+def nearest_codes(
+    z: Tensor, codebook: Tensor, *, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Index (...) int64 of each row's nearest code, and its squared distance (...).
+
+    z (..., D) and codebook (K, D), or (..., H, D) and (H, K, D). The lowest index wins a tie. The
+    distance is differentiable in z and codebook. Errors as in `soft_quantize`.
+    """
+    z_heads, codebook_heads, _, backend = _prepare(z, codebook, 1.0, backend)
+    indices = operators.nearest(z_heads.detach(), codebook_heads.detach(), backend)
+    rows = indices[..., None].expand(-1, -1, codebook.shape[-1])
+    squared_distance = (z_heads - codebook_heads.gather(1, rows)).square().sum(-1)
+    return _as_rows(indices, z, codebook), _as_rows(squared_distance, z, codebook)
+
+
+def code_sums(z: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
+    """Sum (K, D) and count (K,) of the rows of z assigned to each code, in float32 at least.
+
+    The statistics of a k-means step and of an EMA codebook. z (..., D), indices (...) int64 in
+    [0, K). Raises ValueError when the shapes differ.
+    """
+    if indices.shape != z.shape[:-1]:
+        raise ValueError(
+            f"indices must have the shape of z without its last dimension, {tuple(z.shape[:-1])}; "
+            f"got {tuple(indices.shape)}"
+        )
+    rows, indices = z.reshape(-1, z.shape[-1]), indices.reshape(-1)
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    sums = z.new_zeros((codebook_size, z.shape[-1]), dtype=dtype)
+    sums = sums.index_add(0, indices, rows.to(dtype))
+    return sums, torch.bincount(indices, minlength=codebook_size).to(dtype)
+
+
+def _prepare(
+    z: Tensor, codebook: Tensor, temperature: float | Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor, str]:
+    """Check everything, and bring z to (H, N, D), the codebook to (H, K, D), T to a 0-d tensor."""
+    _one_of("backend", backend, Backend)
+    for name, tensor in (("z", z), ("codebook", codebook)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+    if codebook.dim() not in (2, 3):
+        raise ValueError(f"codebook must be (K, D) or (H, K, D), got {tuple(codebook.shape)}")
+    if 0 in codebook.shape:
+        raise ValueError(f"codebook is empty: {tuple(codebook.shape)}")
+    if z.dim() < codebook.dim() - 1 or z.shape[-1] != codebook.shape[-1]:
+        raise ValueError(
+            f"z must end in the codebook's dimension D = {codebook.shape[-1]}, "
+            f"got z {tuple(z.shape)} and codebook {tuple(codebook.shape)}"
+        )
+    if z.device != codebook.device:
+        raise ValueError(f"z is on {z.device} and codebook on {codebook.device}; use one device")
+    temperature = _temperature_tensor(temperature, z)
+    backend = "streaming" if backend == "auto" else backend
+
+    if codebook.dim() == 2:
+        return z.reshape(1, -1, z.shape[-1]), codebook[None], temperature, backend
+    if z.shape[-2] != codebook.shape[0]:
+        raise ValueError(
+            f"z must be (..., H, D) with the codebook's H = {codebook.shape[0]}, "
+            f"got {tuple(z.shape)}"
+        )
+    return z.reshape(-1, *z.shape[-2:]).transpose(0, 1), codebook, temperature, backend
+
+
+def _temperature_tensor(temperature: float | Tensor, z: Tensor) -> Tensor:
+    if isinstance(temperature, Tensor):
+        if temperature.dim() != 0 or not temperature.is_floating_point():
+            raise ValueError(
+                "temperature must be a number or a 0-d floating-point tensor, got "
+                f"shape {tuple(temperature.shape)}, {temperature.dtype}"
+            )
+        # Reading a GPU tensor would stall the stream, and reading at all would break a graph.
+        if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_temperature(temperature.item())
+        return temperature.to(z.device)
+    _check_temperature(temperature)
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    return torch.full((), temperature, dtype=dtype, device=z.device)
+
+
+def _check_temperature(value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"temperature must be a finite number above 0, got {value}")
+
+
+def _as_rows(output: Tensor, z: Tensor, codebook: Tensor) -> Tensor:
+    """Undo the head-first layout: (H, N, ...) back to the leading dimensions of z."""
+    trailing = output.shape[2:]
+    if codebook.dim() == 2:
+        return output[0].reshape(*z.shape[:-1], *trailing)
+    return output.transpose(0, 1).reshape(*z.shape[:-1], *trailing)
+
+
+def _one_of(name: str, value: object, allowed: object) -> None:
+    names = allowed.__args__
+    if value not in names:
+        raise ValueError(f"{name} must be one of {', '.join(names)}; got {value!r}")
