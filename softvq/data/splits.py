@@ -1,0 +1,22 @@
+"""Random, repeatable division of an image set."""
+
+import torch
+
+from softvq.data.types import DataError, ImageSet
+
+
+def split_off(data: ImageSet, fraction: float, seed: int, part: str) -> tuple[ImageSet, ImageSet]:
+    """Divide `data` into (rest, part), `part` being a random `fraction` of it.
+
+    The same seed gives the same division; both results keep the order of `data`.
+    Raises DataError, naming `part`, when either of the two would be empty.
+    """
+    count = round(len(data) * fraction)
+    if not 0 < count < len(data):
+        raise DataError(
+            f"cannot take a {part} split of {fraction:g} from {len(data)} images without leaving "
+            "a split empty: give more images or another fraction"
+        )
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    rest, taken = order[count:].sort().values, order[:count].sort().values
+    return data.select(rest), data.select(taken)

@@ -1,0 +1,117 @@
+"""load_data as a whole: arguments, digits, splitting and resizing."""
+
+import pytest
+import torch
+
+from softvq.data import DATASETS, DataError, DataSplits, load_data
+from softvq.data.resize import fit
+
+
+@pytest.fixture(scope="module")
+def digits() -> DataSplits:
+    return load_data("digits")
+
+
+def test_digits_have_the_documented_form(digits):
+    assert digits.image_shape == (1, 8, 8)
+    assert [len(part) for part in digits[:3]] == [1293, 144, 360]
+    assert digits.class_names == tuple("0123456789")
+    for part in digits[:3]:
+        assert part.images.dtype == torch.uint8
+        assert part.labels.dtype == torch.int64
+        assert part.labels.shape == (len(part),)
+
+
+def test_digits_are_scaled_and_all_there_once(digits):
+    from sklearn.datasets import load_digits
+
+    raw = torch.from_numpy(load_digits().images)
+    expected = (raw * 255 / 16).round().long().flatten(1).tolist()
+    got = [row for part in digits[:3] for row in part.images.flatten(1).tolist()]
+    assert sorted(got) == sorted(expected)
+
+
+def test_digits_test_split_is_stratified(digits):
+    counts = digits.test.labels.bincount(minlength=10)
+    everything = torch.cat([part.labels for part in digits[:3]]).bincount(minlength=10)
+    assert (counts - 0.2 * everything).abs().max() <= 1
+
+
+def test_same_seed_same_splits(digits):
+    for one, other in zip(digits[:3], load_data("digits", seed=0)[:3], strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+
+
+def test_another_seed_changes_validation_and_never_test(digits):
+    other = load_data("digits", seed=1)
+    assert not torch.equal(digits.validation.images, other.validation.images)
+    assert torch.equal(digits.test.images, other.test.images)
+    assert torch.equal(digits.test.labels, other.test.labels)
+
+
+def test_loading_leaves_the_global_generator_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    load_data("digits", seed=3)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_validation_fraction_counts(digits):
+    half = load_data("digits", validation_fraction=0.5)
+    assert abs(len(half.train) - len(half.validation)) <= 1
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 2.0, float("nan")])
+def test_validation_fraction_outside_0_1(fraction):
+    with pytest.raises(DataError, match=f"validation_fraction: {fraction} "):
+        load_data("digits", validation_fraction=fraction)
+
+
+@pytest.mark.parametrize("fraction", [0.0001, 0.9999])
+def test_no_split_may_be_empty(fraction):
+    with pytest.raises(DataError, match=f"validation split of {fraction} from 1437 images"):
+        load_data("digits", validation_fraction=fraction)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("fashion_mnist", "fashion-mnist"), ("FOLDER", "folder"), ("x", "")]
+)
+def test_unknown_name(name, nearest):
+    with pytest.raises(DataError) as caught:
+        load_data(name)
+    assert str(caught.value).startswith(f"{name}: no such data set, did you mean {nearest}")
+    assert ", ".join(DATASETS) in str(caught.value)
+
+
+def test_image_size_resizes_every_split():
+    splits = load_data("digits", image_size=(4, 6))
+    assert splits.image_shape == (1, 4, 6)
+    assert all(part.images.shape[1:] == (1, 4, 6) for part in splits[:3])
+    assert splits.test.images.dtype == torch.uint8
+
+
+def test_image_size_must_be_positive():
+    with pytest.raises(DataError, match=r"image_size: \(0, 8\)"):
+        load_data("digits", image_size=(0, 8))
+
+
+def test_fit_crops_the_centre():
+    # Columns 0, 0, 255, 255, 0, 0: the square middle of the picture is its two bright columns.
+    images = torch.tensor([0, 0, 255, 255, 0, 0], dtype=torch.uint8).expand(3, 1, 2, 6)
+    assert torch.equal(fit(images, (4, 4)), torch.full((3, 1, 4, 4), 255, dtype=torch.uint8))
+    tall = fit(images.transpose(2, 3), (4, 4))
+    assert torch.equal(tall, torch.full((3, 1, 4, 4), 255, dtype=torch.uint8))
+
+
+def test_fit_is_antialiased():
+    # One column in eight is bright: 255 / 8 = 31.9 on average, 0 where the samples would fall.
+    stripes = torch.tensor([255] + [0] * 7, dtype=torch.uint8).repeat(8).expand(1, 1, 64, 64)
+    assert (fit(stripes, (8, 8))[..., 1:-1] == 32).all()
+
+
+def test_fit_keeps_order_across_batches():
+    values = (torch.arange(1100) % 251).byte()
+    resized = fit(values[:, None, None, None].expand(-1, 1, 2, 2), (3, 3))
+    assert torch.equal(resized, values[:, None, None, None].expand(-1, 1, 3, 3))
