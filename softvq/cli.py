@@ -1,0 +1,167 @@
+"""The command line: `softvq <command>`."""
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+import softvq
+from softvq.data import DataError
+from softvq.training.commands import SPLITS, decode, encode, evaluate_run, reconstruct
+from softvq.training.config import ConfigError, TrainConfig, read_config, value_types
+from softvq.training.report import write_report
+from softvq.training.run_folder import RunError, RunFolder
+from softvq.training.trainer import TrainingError, train
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line and exit status 2; a misspelt option names the nearest one."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            parser = getattr(known, "parser", self)
+            options = [o for action in parser._actions for o in action.option_strings]
+            close = difflib.get_close_matches(unknown[0].partition("=")[0], options, n=1)
+            hint = f", did you mean {close[0]}?" if close else ""
+            parser.error(f"unknown option {unknown[0]}{hint}")
+        return known
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.command(options)
+    except (ConfigError, DataError, RunError) as error:
+        options.parser.error(str(error))
+    except TrainingError as error:
+        print(f"{options.parser.prog}: {error}", file=sys.stderr)
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="softvq", description=softvq.__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"softvq {softvq.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def add(name: str, help: str, command: Any) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        sub.set_defaults(command=command, parser=sub)
+        return sub
+
+    training = add("train", "train a model into a run folder", train_command)
+    training.add_argument("--out", type=Path, help="run folder; default: runs/DATA-MODEL")
+    training.add_argument("--config", type=Path, help="TOML file of settings; options override it")
+    again = training.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    training.add_argument("--quiet", action="store_true", help="print nothing while training")
+    add_settings(training)
+
+    evaluation = add("eval", "measure a run's model over a whole split", eval_command)
+    evaluation.add_argument("run", type=Path)
+    evaluation.add_argument("--split", choices=SPLITS, default="test", help="default: test")
+    pictures = add("reconstruct", "reconstruct pictures with a run's model", reconstruct_command)
+    pictures.add_argument("run", type=Path)
+    pictures.add_argument("images", type=Path, nargs="+", help="picture files or folders of them")
+    pictures.add_argument("-o", "--out", type=Path, default=Path("reconstructions"), help="folder")
+    encoding = add("encode", "turn images into codes", encode_command)
+    encoding.add_argument("run", type=Path)
+    encoding.add_argument("--data", choices=data_names(), help="default: the run's own data")
+    encoding.add_argument("--data-dir", type=Path, help="where they are")
+    encoding.add_argument("-o", "--out", type=Path, required=True, help="codes.npz")
+    decoding = add("decode", "turn codes back into images", decode_command)
+    decoding.add_argument("run", type=Path)
+    decoding.add_argument("codes", type=Path, help="codes.npz of `softvq encode`")
+    decoding.add_argument("--split", choices=SPLITS, default="test", help="default: test")
+    decoding.add_argument("-o", "--out", type=Path, required=True, help="folder for the pictures")
+    report = add("report", "rebuild a run's report.html", report_command)
+    report.add_argument("run", type=Path)
+    return parser
+
+
+def data_names() -> tuple[str, ...]:
+    return get_args(value_types()["data"])
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """One option for each setting of TrainConfig, grouped as it groups them."""
+    groups: dict[str, Any] = {}
+    kinds = value_types()
+    for item in dataclasses.fields(TrainConfig):
+        name = item.metadata["group"]
+        group = groups.setdefault(name, None) or parser.add_argument_group(name)
+        groups[name] = group
+        text = item.metadata["help"].replace("%", "%%")
+        if item.default is not None:
+            text += f"; default: {item.default}"
+        kind = kinds[item.name]
+        literal = get_origin(kind) is Literal
+        group.add_argument(
+            "--" + item.name.replace("_", "-"),
+            dest=item.name,
+            default=argparse.SUPPRESS,
+            help=text,
+            **({"choices": get_args(kind)} if literal else {"type": kind, "metavar": "X"}),
+        )
+
+
+def train_command(options: argparse.Namespace) -> int:
+    given = {name: value for name, value in vars(options).items() if name in value_types()}
+    out = options.out
+    if options.resume:
+        if out is None:
+            raise ConfigError("--resume needs the run folder: --out RUN")
+        config = RunFolder(out).read_config()
+        for name, value in given.items():
+            if name != "device" and value != getattr(config, name):
+                raise ConfigError(
+                    f"{name}: {value} differs from the run's {getattr(config, name)}; a resumed "
+                    "run keeps its settings (only device may change)"
+                )
+        config = dataclasses.replace(config, device=given.get("device", config.device))
+    else:
+        settings = read_config(options.config) if options.config else {}
+        config = TrainConfig(**settings | given)
+        out = out or Path("runs") / f"{config.data}-{config.model}"
+    finished = train(
+        config, out, resume=options.resume, overwrite=options.overwrite, quiet=options.quiet
+    )
+    return 0 if finished else 130
+
+
+def eval_command(options: argparse.Namespace) -> int:
+    for name, value in evaluate_run(RunFolder(options.run), options.split).items():
+        print(f"{name:34} {value:.6g}")
+    return 0
+
+
+def reconstruct_command(options: argparse.Namespace) -> int:
+    for page in reconstruct(RunFolder(options.run), options.images, options.out):
+        print(page)
+    return 0
+
+
+def encode_command(options: argparse.Namespace) -> int:
+    print(encode(RunFolder(options.run), options.data, options.data_dir, options.out))
+    return 0
+
+
+def decode_command(options: argparse.Namespace) -> int:
+    print(decode(RunFolder(options.run), options.codes, options.split, options.out))
+    return 0
+
+
+def report_command(options: argparse.Namespace) -> int:
+    RunFolder(options.run).read_config()
+    print(write_report(options.run))
+    return 0

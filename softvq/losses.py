@@ -1,0 +1,46 @@
+"""The losses of the family, each a scalar from tensors; weights are the caller's."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def reconstruction_error(output: Tensor, images: Tensor, kind: str = "squared") -> Tensor:
+    """Mean over all elements of |x̂ − x|² ("squared") or |x̂ − x| ("absolute")."""
+    difference = output - images
+    return (difference.square() if kind == "squared" else difference.abs()).mean()
+
+
+def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(μ, σ²) ‖ N(0, 1)) = ½(−logvar + μ² + exp(logvar) − 1).
+
+    Summed over all latent dimensions of an image, averaged over the batch (first dimension).
+    Kingma and Welling 2014, appendix B.
+    """
+    return 0.5 * (mean.square() + logvar.exp() - logvar - 1).sum() / len(mean)
+
+
+def quantizing_error(z: Tensor, quantized: Tensor) -> Tensor:
+    """Mean over all elements of (z − q)². Squared: a root's derivative is infinite at zero."""
+    return (z - quantized).square().mean()
+
+
+def free_energy(log_partition: Tensor, temperature: Tensor, dim: int) -> Tensor:
+    """−T · log Σ_k exp(−‖z−c_k‖²/T), averaged over rows and divided by the dimension D.
+
+    Its codebook gradient is the soft k-means step; as T falls it becomes the squared distance to
+    the nearest code per element. Rose 1998, "Deterministic annealing for clustering".
+    """
+    return -(temperature * log_partition).mean() / dim
+
+
+def mixture_negative_log_likelihood(
+    log_partition: Tensor, temperature: Tensor, dim: int, codebook_size: int
+) -> Tensor:
+    """−log p(z)/D of the mixture of K equal Gaussians of variance T/2 at the codes.
+
+    −log p(z) = −log_partition + ½D log(πT) + log K. The log T term keeps a learned T finite.
+    """
+    normaliser = 0.5 * dim * torch.log(math.pi * temperature) + math.log(codebook_size)
+    return (normaliser - log_partition.mean()) / dim

@@ -1,0 +1,5 @@
+"""Quantizers as modules, with the call of vector-quantize-pytorch."""
+
+from softvq.quantizers.soft import SoftVQ, SoftVQLoss
+
+__all__ = ["SoftVQ", "SoftVQLoss"]

@@ -1,0 +1,57 @@
+"""Temperature: how it falls, and where it should start.
+
+A codebook trained by soft k-means has a critical temperature T_c = 2·λ_max(Cov z) for the summed
+squared distance: above it every code sits at the mean of the data, just below it they begin to
+part (Rose 1998). So the start needs no hand-picking: measure λ_max, begin just under T_c.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Schedule = Literal["constant", "exponential", "cosine", "learned"]
+
+
+def annealed(schedule: Schedule, progress: float, start: float, end: float) -> float:
+    """A value that goes from `start` to `end` while `progress` goes from 0 to 1, then stays.
+
+    "constant" and "learned" stay at `start`.
+    """
+    progress = min(max(progress, 0.0), 1.0)
+    match schedule:
+        case "exponential":
+            return start * (end / start) ** progress
+        case "cosine":
+            return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+    return start
+
+
+class CriticalTemperature(nn.Module):
+    """T_c = 2·λ_max(Cov z), followed while the encoder moves.
+
+    The mean and the covariance of z are running averages over batches; while fewer than
+    1/(1 − decay) batches were seen, they are plain averages.
+    """
+
+    def __init__(self, dim: int, decay: float = 0.98):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("covariance", torch.zeros(dim, dim))
+
+    @torch.no_grad()
+    def update(self, z: Tensor) -> None:
+        """Take in a batch of latents (..., D)."""
+        rows = z.detach().reshape(-1, z.shape[-1]).float()
+        self.batches += 1
+        weight = (1 / self.batches).clamp(min=1 - self.decay)
+        self.mean.lerp_(rows.mean(0), weight)
+        centred = rows - self.mean
+        self.covariance.lerp_(centred.T @ centred / len(rows), weight)
+
+    def value(self) -> Tensor:
+        """T_c, 0-d float32; zero before the first update."""
+        return 2 * torch.linalg.eigvalsh(self.covariance)[-1]

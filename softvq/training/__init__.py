@@ -1,0 +1,1 @@
+"""Training: configuration, the loop, the run folder."""

@@ -1,0 +1,81 @@
+"""What a person sees while a run trains: a live bar on a terminal, plain lines elsewhere."""
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import (
+    Progress as Bar,
+)
+from torch import Tensor
+
+from softvq.training.checkpoint import Progress
+from softvq.training.config import TrainConfig
+
+REFRESH_SECONDS = 0.5  # between two readings of the losses: each one waits for the device
+
+
+class Display:
+    """Progress bar with steps/s, images/s, time to the end and the live losses."""
+
+    def __init__(self, config: TrainConfig, *, quiet: bool):
+        self.config = config
+        self.console = Console(quiet=quiet, highlight=False)
+        self.bar = Bar(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[losses]}"),
+            console=self.console,
+            disable=quiet or not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("training", total=config.steps, speed="", losses="")
+        self._shown = 0.0
+
+    def __enter__(self) -> "Display":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def step(self, step: int, progress: Progress, parts: dict[str, Tensor]) -> None:
+        now = time.monotonic()
+        if self.bar.disable or now - self._shown < REFRESH_SECONDS:
+            return
+        self._shown = now
+        rate = step / max(progress.seconds, 1e-9)
+        losses = "  ".join(f"{short(name)} {value.item():.4g}" for name, value in parts.items())
+        self.bar.update(
+            self.task,
+            completed=step,
+            speed=f"{rate:.1f} steps/s  {rate * self.config.batch_size:,.0f} images/s",
+            losses=losses,
+        )
+
+    def validated(self, step: int, values: dict[str, float]) -> None:
+        self.bar.update(self.task, completed=step)
+        self.console.print(
+            f"step {step:>6}/{self.config.steps}  validation: "
+            f"hard error {values['reconstruction_hard_error']:.4f}  "
+            f"soft {values['reconstruction_quantizing_error']:.4f}  "
+            f"reconstruction {values['reconstruction_error']:.4f}  "
+            f"perplexity {values['perplexity']:.1f}  usage {values['codebook_usage']:.0%}"
+        )
+
+    def stopped(self, step: int, run: Path) -> None:
+        self.console.print(f"stopped at step {step}, saved; go on with: --out {run} --resume")
+
+
+def short(name: str) -> str:
+    return name.removesuffix("_error")

@@ -1,0 +1,232 @@
+"""One self-contained HTML page about a run, made from the files in its folder."""
+
+import base64
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from softvq.training.curves import Chart, Points, Scale, draw_chart, number
+from softvq.training.files import replacing
+
+SOFT, HARD = "reconstruction_quantizing_error", "reconstruction_hard_error"
+GAP = "gap"  # HARD - SOFT
+# name -> (which is better, what it says), in the order of the page
+MEANINGS = {
+    HARD: ("lower", "Squared error when the decoder sees only the nearest codes."),
+    SOFT: ("lower", "Squared error when the decoder sees soft mixtures of the codes."),
+    GAP: ("lower", "Hard minus soft error: what the soft error alone would hide."),
+    "reconstruction_error": ("lower", "Squared error of the model's own output."),
+    "quantizing_error": ("lower", "Squared distance of a latent and its soft code, per element."),
+    "psnr_hard": ("higher", "Peak signal-to-noise ratio with nearest codes, in dB."),
+    "psnr": ("higher", "Peak signal-to-noise ratio of the model's own output, in dB."),
+    "l1_hard": ("lower", "Absolute error with nearest codes, on pixels from -1 to 1."),
+    "codebook_usage": ("higher", "Fraction of the codes that are nearest to at least one latent."),
+    "perplexity": ("higher", "How many codes, evenly used, would be as varied as these."),
+    "max_probability": ("higher", "Mean probability of the nearest code; 1 is a hard choice."),
+    "kl": ("", "Divergence of the latents from a standard normal, in nats per image."),
+}
+
+Metrics = dict[str, float]
+History = dict[str, dict[int, Metrics]]  # split -> step -> metrics
+
+
+class Measured(NamedTuple):
+    """The numbers that stand for the run, and where they are from."""
+
+    source: str
+    metrics: Metrics
+
+
+def write_report(run: Path) -> Path:
+    """Write run/report.html about a finished or unfinished run, and return its path.
+
+    Needs config.toml and metrics.jsonl; the page says which of the other files are missing.
+    Raises ValueError when one of the two needed files is not in the folder.
+    """
+    for name in ("config.toml", "metrics.jsonl"):
+        if not (run / name).is_file():
+            raise ValueError(f"{run}: no {name} there; name the folder of a training run")
+    config = tomllib.loads((run / "config.toml").read_text("utf-8"))
+    history, unreadable = read_history(run / "metrics.jsonl")
+    summary_path = run / "summary.json"
+    finished = summary_path.is_file()
+    summary = json.loads(summary_path.read_text("utf-8")) if finished else {}
+    measured = _measured(summary, history)
+    charts = _charts(history)
+    template = _environment().get_template("report.html.jinja")
+    page = template.render(
+        title=_title(config, run),
+        folder=run.resolve().name,
+        finished=finished,
+        step=max((step for steps in history.values() for step in steps), default=0),
+        measured=measured,
+        tiles=list(_tiles(measured.metrics, config, summary, history)),
+        rows=_metric_rows(measured.metrics),
+        charts=[chart for chart in charts.values() if chart],
+        missing_charts=[title for title, chart in charts.items() if not chart],
+        pictures={
+            stem: _data_uri(run / f"{stem}.png") for stem in ("reconstructions", "codebook_usage")
+        },
+        unreadable=unreadable,
+        not_finite=sum(
+            not math.isfinite(value)
+            for steps in history.values()
+            for metrics in steps.values()
+            for value in metrics.values()
+        ),
+        config=_sections(config),
+        environment=_flat({name: value for name, value in summary.items() if name != "test"}),
+    )
+    path = run / "report.html"
+    with replacing(path) as temporary:
+        temporary.write_text(page, "utf-8")
+    return path
+
+
+def read_history(path: Path) -> tuple[History, int]:
+    """The metrics by split and step, and how many lines are torn and therefore left out.
+
+    A run that was killed and resumed repeats some steps; the later line counts.
+    """
+    history: History = {}
+    unreadable = 0
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            unreadable += 1
+            continue
+        step, split = values.pop("step"), values.pop("split")
+        history.setdefault(split, {}).setdefault(step, {}).update(_metrics(values))
+    return history, unreadable
+
+
+def _metrics(values: Mapping[str, float | None]) -> Metrics:
+    """JSON has no NaN, so that null stands for it."""
+    return {name: math.nan if value is None else value for name, value in values.items()}
+
+
+def _points(history: History, split: str, name: str) -> Points:
+    values = ((step, metrics.get(name)) for step, metrics in history.get(split, {}).items())
+    return sorted((step, v) for step, v in values if v is not None and math.isfinite(v))
+
+
+def _measured(summary: Mapping[str, Any], history: History) -> Measured:
+    """The test metrics, or else the latest validation or training ones."""
+    if "test" in summary:
+        return Measured("test", _with_gap(_metrics(summary["test"])))
+    for split in ("test", "validation", "train"):
+        if split in history:
+            step = max(history[split])
+            return Measured(f"{split} at step {step:,}", _with_gap(history[split][step]))
+    return Measured("nothing measured yet", {})
+
+
+def _with_gap(metrics: Metrics) -> Metrics:
+    if SOFT in metrics and HARD in metrics:
+        return metrics | {GAP: metrics[HARD] - metrics[SOFT]}
+    return metrics
+
+
+def _metric_rows(metrics: Metrics) -> list[tuple[str, str, str, str]]:
+    """(name, value, better, meaning) of each metric, the known ones first."""
+    names = [name for name in MEANINGS if name in metrics]
+    names += [name for name in metrics if name not in MEANINGS]
+    return [(name, number(metrics[name]), *MEANINGS.get(name, ("", ""))) for name in names]
+
+
+def _tiles(
+    metrics: Metrics, config: Mapping[str, Any], summary: Mapping[str, Any], history: History
+) -> Iterator[tuple[str, str, str]]:
+    """(label, value, remark) of the headline numbers that are known."""
+    if HARD in metrics:
+        yield "Hard error", number(metrics[HARD]), "nearest code, per pixel"
+    if "psnr_hard" in metrics:
+        yield "Hard PSNR", f"{metrics['psnr_hard']:.2f} dB", "nearest code"
+    if GAP in metrics:
+        share = metrics[GAP] / metrics[SOFT] if metrics[SOFT] else math.inf
+        yield "Soft-hard gap", number(metrics[GAP]), f"{share:+.0%} on the soft error"
+    if "codebook_usage" in metrics:
+        yield "Codebook usage", f"{metrics['codebook_usage']:.1%}", "codes used at least once"
+    if "perplexity" in metrics:
+        size = next((v for k, v in _flat(config) if k.split(".")[-1] == "codebook_size"), "")
+        remark = f"of {size} codes" if size else "codes in effect"
+        yield "Perplexity", number(metrics["perplexity"]), remark
+    speeds = [speed for _, speed in _points(history, "train", "images_per_second")]
+    speed = summary.get("images_per_second", speeds[-1] if speeds else None)
+    if speed is not None:
+        yield "Images / second", f"{speed:,.0f}", summary.get("device", "in training")
+
+
+def _charts(history: History) -> dict[str, Chart | None]:
+    """All curves of the page by title; None for one without a single point."""
+
+    def both(name: str) -> dict[str, Points]:
+        return {split: _points(history, split, name) for split in ("train", "validation")}
+
+    def training(*names: str) -> dict[str, Points]:
+        return {name.replace("_", " "): _points(history, "train", name) for name in names}
+
+    split = "validation" if _points(history, "validation", HARD) else "train"
+    soft, hard = _points(history, split, SOFT), _points(history, split, HARD)
+    soft_at = dict(soft)
+    gap = [(step, value - soft_at[step]) for step, value in hard if step in soft_at]
+    soft_hard: dict[str, Points] = {"hard": hard, "soft": soft, "gap": gap} if gap else {}
+    charts: tuple[tuple[str, dict[str, Points], Scale], ...] = (
+        (f"Soft against hard ({split})", soft_hard, "from zero"),
+        ("Reconstruction error", both("reconstruction_error"), "log"),
+        ("Reconstruction error from soft codes", both(SOFT), "log"),
+        ("Temperature", training("temperature", "critical_temperature"), "log"),
+        ("Perplexity", both("perplexity"), "from zero"),
+        ("Codebook usage", both("codebook_usage"), "from zero"),
+        ("Training loss", training("loss"), "log"),
+    )
+    return {title: draw_chart(title, series, scale) for title, series, scale in charts}
+
+
+def _title(config: Mapping[str, Any], run: Path) -> str:
+    """The names of the model and the data, or else of the folder."""
+    values = [config.get(section) for section in ("model", "data")]
+    names = [value.get("name") if isinstance(value, dict) else value for value in values]
+    return " on ".join(str(name) for name in names if name) or run.resolve().name
+
+
+def _flat(table: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(dotted key, value as text) of a nested table."""
+    rows = []
+    for key, value in table.items():
+        if isinstance(value, dict):
+            rows += [(f"{key}.{inner}", text) for inner, text in _flat(value)]
+        else:
+            text = json.dumps(value, ensure_ascii=False, default=str)
+            rows.append((key, value if isinstance(value, str) else text))
+    return rows
+
+
+def _sections(config: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """The rows of each section of a configuration; "" holds those outside of any."""
+    outside = {key: value for key, value in config.items() if not isinstance(value, dict)}
+    tables = {key: value for key, value in config.items() if isinstance(value, dict)}
+    sections = {"": _flat(outside)} | {name: _flat(table) for name, table in tables.items()}
+    return {name: rows for name, rows in sections.items() if rows}
+
+
+def _data_uri(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )

@@ -1,0 +1,106 @@
+"""The run folder: where a training run leaves what it did, and how it is read again."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from softvq.models import SoftVQVAE
+from softvq.training.build import build_model
+from softvq.training.config import TrainConfig, read_config
+from softvq.training.files import replacing, write_text
+
+
+class RunError(Exception):
+    """A run folder that cannot be used; its one line names it and says what to do."""
+
+
+class RunFolder:
+    """Paths and files of one run. Nothing in it is ever half-written under its own name."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.toml"
+        self.metrics = path / "metrics.jsonl"
+        self.model = path / "model.safetensors"
+        self.summary = path / "summary.json"
+        self.reconstructions = path / "reconstructions.png"
+        self.usage = path / "codebook_usage.png"
+        self.report = path / "report.html"
+        self.checkpoints = path / "checkpoints"
+
+    def check(self, overwrite: bool) -> None:
+        """Raise RunError unless a new run can be written here; what is there stays untouched."""
+        if self.config.exists() and not overwrite:
+            raise RunError(
+                f"{self.path}: already holds a run; continue it with --resume, replace it with "
+                "--overwrite, or choose another folder with --out"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise RunError(
+                f"{self.path}: cannot write a run there ({error.strerror}); choose another folder "
+                "with --out"
+            ) from error
+
+    def create(self, config: TrainConfig) -> None:
+        """Begin a new run: remove an old one's files and write the configuration."""
+        for path in (self.config, self.metrics, self.model, self.summary, self.report):
+            path.unlink(missing_ok=True)
+        for path in (self.reconstructions, self.usage):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        self.checkpoints.mkdir()
+        write_text(self.config, config.to_toml())
+
+    def read_config(self) -> TrainConfig:
+        """Raises RunError when there is no run."""
+        if not self.config.is_file():
+            raise RunError(f"{self.path}: no run there (no config.toml)")
+        return TrainConfig(**read_config(self.config))
+
+    def append_metrics(self, step: int, split: str, values: dict[str, float]) -> None:
+        with self.metrics.open("a") as file:
+            file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Forget the lines a resumed run will write again, and a line torn by a kill."""
+        kept = [line for line in read_metrics(self.metrics) if line["step"] <= step]
+        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def save_model(self, model: SoftVQVAE) -> None:
+        """Write model.safetensors: the weights, with the shape of the images they are for."""
+        tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        with replacing(self.model) as temporary:
+            temporary.write_bytes(save(tensors, {"image_shape": json.dumps(model.image_shape)}))
+
+    def load_model(self, device: torch.device) -> SoftVQVAE:
+        """The best weights of the run, in eval mode. Raises RunError."""
+        config = self.read_config()
+        try:
+            with safe_open(self.model, "pt") as file:
+                image_shape = tuple(json.loads(file.metadata()["image_shape"]))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise RunError(f"{self.path}: no model.safetensors; the run has not finished") from None
+        except SafetensorError as error:
+            raise RunError(f"{self.model}: damaged ({error})") from error
+        model = build_model(config, image_shape)
+        model.load_state_dict(tensors)
+        return model.to(device).eval()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line torn by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text().split("\n")[:-1]
+    return [json.loads(line) for line in lines]
