@@ -63,8 +63,8 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.GELU(),
             nn.Conv2d(channels, channels, 3, padding=1),
+            nn.BatchNorm2d(channels),
             nn.GELU(),
             nn.Conv2d(channels, channels, 1),
         )
@@ -93,7 +93,7 @@ class ConvEncoder(nn.Module):
             layers.append(nn.Conv2d(*channels[i : i + 2], 3, stride=2 if halves else 1, padding=1))
             if not halves and after != before:
                 layers.append(nn.AdaptiveAvgPool2d(after))
-            layers.append(nn.GELU())
+            layers += [nn.BatchNorm2d(channels[i + 1]), nn.GELU()]
         layers += [ResidualBlock(channels[-1]) for _ in range(residual_blocks)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels[-1], features, 1))
 
@@ -117,10 +117,11 @@ class ConvDecoder(nn.Module):
         channels = [*(width * 2**i for i in reversed(range(len(sizes) - 1))), image_shape[0]]
         layers: list[nn.Module] = [nn.Conv2d(latent_dim, channels[0], 1)]
         layers += [ResidualBlock(channels[0]) for _ in range(residual_blocks)]
-        for i, after in enumerate(sizes[1:]):
+        for i, size in enumerate(sizes[1:]):
             layers += [
+                nn.BatchNorm2d(channels[i]),
                 nn.GELU(),
-                nn.Upsample(size=after),
+                nn.Upsample(size=size),
                 nn.Conv2d(*channels[i : i + 2], 3, padding=1),
             ]
         self.layers = nn.Sequential(*layers)

@@ -41,6 +41,14 @@ class Latents(NamedTuple):
     logvar: Tensor | None  # None for a deterministic encoder
 
 
+class TrainingStep(NamedTuple):
+    """What one batch says to the optimizer and to whoever steers the codebook."""
+
+    losses: dict[str, Tensor]  # 0-d, named as the metrics are; "loss" is the weighted sum
+    latents: Tensor  # (B, h, w, D), what the quantizer read, detached
+    indices: Tensor  # (B, h, w) int64
+
+
 class Evaluation(NamedTuple):
     """A batch seen in every way the metrics and pictures need."""
 
@@ -100,12 +108,18 @@ class SoftVQVAE(nn.Module):
             self.encoder = DenseEncoder(image_shape, latent_grid, features, hidden)
             self.decoder = DenseDecoder(image_shape, latent_grid, latent_dim, hidden)
         self.quantizer = quantizer
+        # Nothing else would hold the scale of a latent that no KL sees: growing it makes any
+        # temperature cold.
+        self.standardise = (
+            nn.Identity() if self.variational else nn.BatchNorm1d(latent_dim, affine=False)
+        )
 
     def encode(self, images: Tensor) -> Latents:
         """Images (B, C, H, W) in [0, 1] → latents (B, h, w, D)."""
         features = self.encoder(images)
         if not self.variational:
-            return Latents(features, features, None)
+            z = self.standardise(features.flatten(0, 2)).view(features.shape)
+            return Latents(z, z, None)
         mean, logvar = features.chunk(2, -1)
         z = mean + (0.5 * logvar).exp() * torch.randn_like(mean) if self.training else mean
         return Latents(z, mean, logvar)
@@ -122,11 +136,8 @@ class SoftVQVAE(nn.Module):
         """Codes (B, h, w) int64 → images (B, C, H, W) in [0, 1]."""
         return self.decode(self.quantizer.get_codes_from_indices(indices))
 
-    def forward(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """One training step's losses, "loss" being their weighted sum; and the latents quantised.
-
-        All are 0-d and named as the metrics are.
-        """
+    def forward(self, images: Tensor) -> TrainingStep:
+        """The losses of a batch (B, C, H, W) in [0, 1]."""
         latents = self.encode(images)
         if self.decoder_input == "latent":
             # The mean, not the sample: what a code has to stand for when the model is used.
@@ -159,7 +170,7 @@ class SoftVQVAE(nn.Module):
             term = losses.reconstruction_error(code_output, images, self.reconstruction_loss)
             weight = self.weights.reconstruction_quantizing * self.weights.reconstruction
             loss = loss + weight * term
-        return {"loss": loss, **parts}, read.detach()
+        return TrainingStep({"loss": loss, **parts}, read.detach(), indices)
 
     def _decode_together(
         self, latents: Tensor, codes: Tensor | None

@@ -71,6 +71,9 @@ class TrainConfig:
     commitment_weight: float = setting(
         0.0, "losses", "share of the codebook loss's gradient that reaches the latents"
     )
+    dead_code_threshold: float = setting(
+        0.01, "losses", "restart codes under this part of an even share of the latents; 0: never"
+    )
 
     temperature: str = setting(
         "auto", "temperature", "where T starts: a number, or auto: just under the critical one"
@@ -109,7 +112,7 @@ class TrainConfig:
             _check(name, getattr(self, name), lambda v: 0 < v < math.inf, "a number above 0")
         for name in (
             *("quantizing_weight", "kl_weight", "reconstruction_quantizing_weight"),
-            *("commitment_weight", "weight_decay"),
+            *("commitment_weight", "weight_decay", "dead_code_threshold"),
         ):
             _check(name, getattr(self, name), lambda v: 0 <= v < math.inf, "a number from 0 up")
         _check(

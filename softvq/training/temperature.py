@@ -8,8 +8,9 @@ from softvq.schedules import CriticalTemperature, annealed
 from softvq.training.config import TrainConfig
 
 START = 0.95  # of the critical temperature: just under it
+FALLING = 0.8  # of the run; then T stays, and codes and decoder settle
 MEASURE_EVERY = 10  # steps between two eigenvalue problems
-SPREAD = 0.01  # of the codes around the mean at the start, in standard deviations of the data
+SPREAD = 0.1  # of the codes around the mean at the start, in standard deviations of the data
 
 
 class Temperature(nn.Module):
@@ -47,7 +48,7 @@ class Temperature(nn.Module):
             quantizer.set_temperature(self._at(progress))
 
     def _at(self, progress: float) -> float | Tensor:
-        factor = annealed(self.schedule, progress, 1.0, self.ratio)
+        factor = annealed(self.schedule, progress / FALLING, 1.0, self.ratio)
         if self.fixed_start is not None:
             return factor * self.fixed_start
         return factor * START * self.critical_value

@@ -12,6 +12,7 @@ import torch
 from softvq import metrics
 from softvq.data import DataSplits
 from softvq.models import SoftVQVAE
+from softvq.quantizers import DeadCodeRestart
 from softvq.training.build import build_data, build_model
 from softvq.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from softvq.training.config import TrainConfig
@@ -22,6 +23,9 @@ from softvq.training.run_folder import RunFolder
 from softvq.training.temperature import Temperature
 
 WARMUP = 100  # steps until the learning rate is at its peak
+RESTART_EVERY = 25  # steps between two looks for dead codes
+# Share of the run: before it the codes still lie together, after it they should settle.
+RESTART_FROM, RESTART_UNTIL = 0.3, 0.9
 CODEBOOK_LR_FLOOR = 0.01  # of its peak: the codes follow T to the end
 
 
@@ -73,6 +77,8 @@ class Trainer:
         self.device = config.torch_device
         self.model = model.to(self.device)
         self.temperature = Temperature(config, model.quantizer).to(self.device)
+        self.restart = DeadCodeRestart(config.codebook_size, config.dead_code_threshold)
+        self.restart.to(self.device)
         self.optimizer = build_optimizer(config, model)
         self.progress = Progress()
         self.losses = metrics.Mean()
@@ -84,6 +90,7 @@ class Trainer:
         return {
             "model": self.model,
             "temperature": self.temperature,
+            "restart": self.restart,
             "optimizer": self.optimizer,
         }
 
@@ -128,13 +135,16 @@ class Trainer:
         self.model.train()
         set_learning_rates(self.optimizer, self.config, self.progress.step)
         images = to_pixels(self.images[batch], self.device)
-        parts, latents = self.model(images)
+        parts, latents, indices = self.model(images)
         self.optimizer.zero_grad(set_to_none=True)
         parts["loss"].backward()
         self.optimizer.step()
         self.progress.step += 1
         step = self.progress.step
         self.temperature.update(self.model.quantizer, latents, step, step / self.config.steps)
+        self.restart.update(indices)
+        if step % RESTART_EVERY == 0 and RESTART_FROM < step / self.config.steps < RESTART_UNTIL:
+            self.restart.restart(self.model.quantizer.codebook, latents)
         self.losses.add(parts, len(batch))
         self.progress.seconds += time.perf_counter() - started
         self.display.step(step, self.progress, parts)
