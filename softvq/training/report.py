@@ -60,7 +60,7 @@ def write_report(run: Path) -> Path:
     charts = _charts(history)
     template = _environment().get_template("report.html.jinja")
     page = template.render(
-        title=_title(config, run),
+        title=f"{config['model']} on {config['data']}",
         folder=run.resolve().name,
         finished=finished,
         step=max((step for steps in history.values() for step in steps), default=0),
@@ -79,7 +79,7 @@ def write_report(run: Path) -> Path:
             for metrics in steps.values()
             for value in metrics.values()
         ),
-        config=_sections(config),
+        config=_flat(config),
         environment=_flat({name: value for name, value in summary.items() if name != "test"}),
     )
     path = run / "report.html"
@@ -154,9 +154,7 @@ def _tiles(
     if "codebook_usage" in metrics:
         yield "Codebook usage", f"{metrics['codebook_usage']:.1%}", "codes used at least once"
     if "perplexity" in metrics:
-        size = next((v for k, v in _flat(config) if k.split(".")[-1] == "codebook_size"), "")
-        remark = f"of {size} codes" if size else "codes in effect"
-        yield "Perplexity", number(metrics["perplexity"]), remark
+        yield "Perplexity", number(metrics["perplexity"]), f"of {config['codebook_size']} codes"
     speeds = [speed for _, speed in _points(history, "train", "images_per_second")]
     speed = summary.get("images_per_second", speeds[-1] if speeds else None)
     if speed is not None:
@@ -180,20 +178,12 @@ def _charts(history: History) -> dict[str, Chart | None]:
     charts: tuple[tuple[str, dict[str, Points], Scale], ...] = (
         (f"Soft against hard ({split})", soft_hard, "from zero"),
         ("Reconstruction error", both("reconstruction_error"), "log"),
-        ("Reconstruction error from soft codes", both(SOFT), "log"),
         ("Temperature", training("temperature", "critical_temperature"), "log"),
         ("Perplexity", both("perplexity"), "from zero"),
         ("Codebook usage", both("codebook_usage"), "from zero"),
         ("Training loss", training("loss"), "log"),
     )
     return {title: draw_chart(title, series, scale) for title, series, scale in charts}
-
-
-def _title(config: Mapping[str, Any], run: Path) -> str:
-    """The names of the model and the data, or else of the folder."""
-    values = [config.get(section) for section in ("model", "data")]
-    names = [value.get("name") if isinstance(value, dict) else value for value in values]
-    return " on ".join(str(name) for name in names if name) or run.resolve().name
 
 
 def _flat(table: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -206,14 +196,6 @@ def _flat(table: Mapping[str, Any]) -> list[tuple[str, str]]:
             text = json.dumps(value, ensure_ascii=False, default=str)
             rows.append((key, value if isinstance(value, str) else text))
     return rows
-
-
-def _sections(config: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
-    """The rows of each section of a configuration; "" holds those outside of any."""
-    outside = {key: value for key, value in config.items() if not isinstance(value, dict)}
-    tables = {key: value for key, value in config.items() if isinstance(value, dict)}
-    sections = {"": _flat(outside)} | {name: _flat(table) for name, table in tables.items()}
-    return {name: rows for name, rows in sections.items() if rows}
 
 
 def _data_uri(path: Path) -> str | None:
