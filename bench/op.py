@@ -99,7 +99,7 @@ def quantile(values: list[float], q: float) -> float:
 
 
 def extra_memory(name: str, options: argparse.Namespace, codes: int) -> int:
-    """Peak memory in MB beyond inputs, output and gradients, of one step in a process of its own."""
+    """Peak MB beyond inputs, output and gradients of one step, in a process of its own."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_peak, args=(queue, name, options, codes))
