@@ -1,5 +1,7 @@
 """Differentiable operators: the registered forward joined to the hand-written backward."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -15,7 +17,7 @@ class SoftQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         z: Tensor,
         codebook: Tensor,
         temperature: Tensor,
@@ -42,7 +44,14 @@ class SoftQuantize(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_quantized, _, grad_log_partition, grad_entropy):
+    def backward(
+        ctx: Any,
+        grad_quantized: Tensor | None,
+        _: None,
+        grad_log_partition: Tensor | None,
+        grad_entropy: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of z, codebook and temperature; None for what nobody asked for."""
         z, codebook, temperature = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if ctx.detach_probabilities:
@@ -65,7 +74,7 @@ class CodeUsage(torch.autograd.Function):
     """(z (H, N, D), codebook (H, K, D), temperature ()) → mean probability of each code (H, K)."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, codebook: Tensor, temperature: Tensor, backend: str) -> Tensor:
+    def forward(ctx: Any, z: Tensor, codebook: Tensor, temperature: Tensor, backend: str) -> Tensor:
         ones = z.new_ones((*z.shape[:2], 1))
         sums = operators.probability_sums(z, codebook, temperature, ones, backend)
         ctx.save_for_backward(z, codebook, temperature)
@@ -74,7 +83,8 @@ class CodeUsage(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_usage):
+    def backward(ctx: Any, grad_usage: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of z, codebook and temperature; None for what nobody asked for."""
         inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
         grads = operators.soft_backward(*inputs, None, None, None, grad_usage, *needs, ctx.backend)
         return *_only_needed(grads, needs), None

@@ -51,12 +51,14 @@ class BlockSoftmax:
         return row_max(self.scores)
 
     def run(self, latents: Tensor) -> None:
+        """Scores, nearest indices, unnormalised weights and their sums of latents (R, D)."""
         best, self.indices = self.match(latents)
         self.scores.sub_(best[:, None]).mul_(2 * LOG2_E / self.temperature).clamp_(min=self.floor)
         self.weights = torch.exp2(self.scores, out=self._stacked[: self.rows])
         self.total = self.weights.sum(1, keepdim=True)
 
     def probabilities(self) -> Tensor:
+        """Assignment probabilities (R, K), in place of the weights."""
         return self.weights.div_(self.total)
 
     def best_score(self, latents: Tensor) -> Tensor:
@@ -92,10 +94,12 @@ def row_max(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rows_per_block(rows: int, codes: int) -> int:
+    """How many rows are worked on at once, so that a block of scores stays in the cache."""
     return min(rows, max(MIN_ROWS, min(MAX_ROWS, BLOCK_ELEMENTS // codes)))
 
 
 def blocks(rows: int, codes: int) -> Iterator[slice]:
+    """The rows of each block."""
     step = rows_per_block(rows, codes) or 1
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

@@ -21,10 +21,14 @@ class Parser(argparse.ArgumentParser):
     """Errors are one line and exit status 2; a misspelt option names the nearest one."""
 
     def error(self, message: str) -> NoReturn:
+        """Print the one line and exit."""
         print(f"{self.prog}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """As in argparse, but an option that is not known gets a hint."""
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
             parser = getattr(known, "parser", self)
@@ -43,12 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.command(options)
     except (ConfigError, DataError, RunError) as error:
         options.parser.error(str(error))
+    except OSError as error:
+        options.parser.error(f"{error.filename}: {error.strerror}")
     except TrainingError as error:
         print(f"{options.parser.prog}: {error}", file=sys.stderr)
         return 1
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """All commands with their options."""
     parser = Parser(prog="softvq", description=softvq.__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"softvq {softvq.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -90,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def data_names() -> tuple[str, ...]:
+    """The data sets there are."""
     return get_args(value_types()["data"])
 
 
@@ -116,13 +124,17 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def train_command(options: argparse.Namespace) -> int:
+    """softvq train: 0 when finished, 130 when stopped by a signal."""
     given = {name: value for name, value in vars(options).items() if name in value_types()}
+    if options.config:
+        given = read_config(options.config) | given
     out = options.out
     if options.resume:
         if out is None:
             raise ConfigError("--resume needs the run folder: --out RUN")
         config = RunFolder(out).read_config()
         for name, value in given.items():
+            value = value.absolute() if isinstance(value, Path) else value
             if name != "device" and value != getattr(config, name):
                 raise ConfigError(
                     f"{name}: {value} differs from the run's {getattr(config, name)}; a resumed "
@@ -130,8 +142,7 @@ def train_command(options: argparse.Namespace) -> int:
                 )
         config = dataclasses.replace(config, device=given.get("device", config.device))
     else:
-        settings = read_config(options.config) if options.config else {}
-        config = TrainConfig(**settings | given)
+        config = TrainConfig(**given)
         out = out or Path("runs") / f"{config.data}-{config.model}"
     finished = train(
         config, out, resume=options.resume, overwrite=options.overwrite, quiet=options.quiet
@@ -140,28 +151,36 @@ def train_command(options: argparse.Namespace) -> int:
 
 
 def eval_command(options: argparse.Namespace) -> int:
+    """softvq eval."""
     for name, value in evaluate_run(RunFolder(options.run), options.split).items():
         print(f"{name:34} {value:.6g}")
     return 0
 
 
 def reconstruct_command(options: argparse.Namespace) -> int:
+    """softvq reconstruct."""
     for page in reconstruct(RunFolder(options.run), options.images, options.out):
         print(page)
     return 0
 
 
 def encode_command(options: argparse.Namespace) -> int:
+    """softvq encode."""
     print(encode(RunFolder(options.run), options.data, options.data_dir, options.out))
     return 0
 
 
 def decode_command(options: argparse.Namespace) -> int:
+    """softvq decode."""
     print(decode(RunFolder(options.run), options.codes, options.split, options.out))
     return 0
 
 
 def report_command(options: argparse.Namespace) -> int:
+    """softvq report."""
     RunFolder(options.run).read_config()
-    print(write_report(options.run))
+    try:
+        print(write_report(options.run))
+    except ValueError as error:
+        raise RunError(str(error)) from error
     return 0

@@ -1,6 +1,7 @@
 """Metrics counted over a whole split; per-batch averages of usage and perplexity mislead."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,3 +42,11 @@ class Mean:
         means = {name: (total / self._weight).item() for name, total in self._sums.items()}
         self._sums, self._weight = {}, 0
         return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums so far, for a checkpoint."""
+        return {"sums": self._sums, "weight": self._weight}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the sums of `state_dict`."""
+        self._sums, self._weight = state["sums"], state["weight"]

@@ -6,15 +6,16 @@ part (Rose 1998). So the start needs no hand-picking: measure λ_max, begin just
 """
 
 import math
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Schedule = Literal["constant", "exponential", "cosine", "learned"]
+Value = TypeVar("Value", float, Tensor)
 
 
-def annealed(schedule: Schedule, progress: float, start: float, end: float) -> float:
+def annealed(schedule: Schedule, progress: float, start: Value, end: Value) -> Value:
     """A value that goes from `start` to `end` while `progress` goes from 0 to 1, then stays.
 
     "constant" and "learned" stay at `start`.
@@ -48,9 +49,11 @@ class CriticalTemperature(nn.Module):
         rows = z.detach().reshape(-1, z.shape[-1]).float()
         self.batches += 1
         weight = (1 / self.batches).clamp(min=1 - self.decay)
-        self.mean.lerp_(rows.mean(0), weight)
-        centred = rows - self.mean
-        self.covariance.lerp_(centred.T @ centred / len(rows), weight)
+        batch_mean = rows.mean(0)
+        shift, centred = batch_mean - self.mean, rows - batch_mean
+        spread = centred.T @ centred / len(rows) + (1 - weight) * shift.outer(shift)
+        self.mean.lerp_(batch_mean, weight)
+        self.covariance.lerp_(spread, weight)
 
     def value(self) -> Tensor:
         """T_c, 0-d float32; zero before the first update."""

@@ -1,9 +1,10 @@
-import os
-
 import pytest
 import torch
 
-torch.set_num_threads(min(2, os.cpu_count()))
+from softvq.training.config import TrainConfig
+from softvq.training.trainer import train
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +18,21 @@ def poisoned_memory():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """The folder of a finished run of a few steps on the digits. Copy it before changing it."""
+    run = tmp_path_factory.mktemp("tiny") / "run"
+    config = TrainConfig(
+        latent_dim=3,
+        codebook_size=8,
+        width=2,
+        steps=12,
+        batch_size=32,
+        evaluate_every=5,
+        checkpoint_every=4,
+        device="cpu",
+    )
+    assert train(config, run, quiet=True)
+    return run

@@ -175,7 +175,10 @@ class SoftVQVAE(nn.Module):
     def _decode_together(
         self, latents: Tensor, codes: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Decode latents and sg[codes] in one pass, so that batch norm sees both kinds at once."""
+        """Decode latents and sg[codes] in one pass, so that batch norm sees both kinds at once.
+
+        Through its statistics, and only through them, the codes' loss then reaches the latents.
+        """
         if codes is None:
             return self.decode(latents), None
         output, code_output = self.decode(torch.cat([latents, codes.detach()])).chunk(2)
@@ -202,7 +205,8 @@ class SoftVQVAE(nn.Module):
             nearest_output,
             soft.indices,
             losses.quantizing_error(z, soft.quantized),
-            (best_score - soft.log_partition).exp().mean(),
+            # Two large numbers when T is small: their difference may round to above zero.
+            (best_score - soft.log_partition).clamp(max=0).exp().mean(),
             z.new_zeros(())
             if latents.logvar is None
             else losses.kl_divergence(latents.mean, latents.logvar),

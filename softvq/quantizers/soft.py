@@ -59,14 +59,22 @@ class SoftVQ(nn.Module):
         accept_image_fmap: bool = False,
     ):
         super().__init__()
-        for name, value in (("dim", dim), ("codebook_size", codebook_size), ("heads", heads)):
-            if value < 1:
+        sizes = {"dim": dim, "codebook_size": codebook_size, "heads": heads}
+        for name, value in (sizes | {"codebook_dim": codebook_dim}).items():
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if codebook_dim is None and dim % heads:
             raise ValueError(f"dim {dim} does not divide into {heads} heads; give codebook_dim")
-        if codebook_loss not in get_args(CodebookLoss):
-            names = ", ".join(get_args(CodebookLoss))
-            raise ValueError(f"codebook_loss must be one of {names}; got {codebook_loss!r}")
+        for name, value, names in (
+            ("estimator", estimator, get_args(Estimator)),
+            ("codebook_loss", codebook_loss, get_args(CodebookLoss)),
+        ):
+            if value not in names:
+                raise ValueError(f"{name} must be one of {', '.join(names)}; got {value!r}")
+        if not 0 <= commitment_weight < math.inf:
+            raise ValueError(
+                f"commitment_weight must be a finite number from 0 up, got {commitment_weight}"
+            )
         if learn_temperature and codebook_loss != "likelihood":
             raise ValueError(
                 "learn_temperature needs codebook_loss='likelihood': under "

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from softvq.data import DataError, find_images, load_images
 from softvq.models import SoftVQVAE
 from softvq.training.build import build_data
+from softvq.training.config import TrainConfig, size_pair, torch_device
 from softvq.training.evaluation import BATCH, evaluate, to_pixels
 from softvq.training.files import replacing, write_text
 from softvq.training.pictures import save_reconstructions
@@ -26,15 +28,16 @@ PER_PAGE = 12  # images in one picture of reconstructions
 def evaluate_run(run: RunFolder, split: str) -> dict[str, float]:
     """Metrics of the run's model over one split of its data; also left in RUN/eval-SPLIT.json."""
     config = run.read_config()
-    model = run.load_model(config.torch_device)
-    values = evaluate(model, getattr(build_data(config), split), config.torch_device).values
+    device = torch_device()
+    model = run.load_model(device)
+    values = evaluate(model, getattr(build_data(config), split), device).values
     write_text(run.path / f"eval-{split}.json", json.dumps(values, indent=2) + "\n")
     return values
 
 
 def reconstruct(run: RunFolder, sources: Sequence[Path], out: Path) -> list[Path]:
     """Pictures of the model's reconstructions of image files, PER_PAGE to a picture, in `out`."""
-    device = run.read_config().torch_device
+    device = torch_device()
     model = run.load_model(device)
     paths = [p for s in sources for p in (find_images(s) if s.is_dir() else [s])]
     images = to_pixels(load_images(paths, model.image_shape), device)
@@ -66,7 +69,7 @@ def encode(run: RunFolder, data: str | None, data_dir: Path | None, out: Path) -
     config = run.read_config()
     changes = {} if data is None else {"data": data, "data_dir": None}
     changes |= {} if data_dir is None else {"data_dir": data_dir}
-    device = config.torch_device
+    device = torch_device()
     model = run.load_model(device)
     splits = build_data(dataclasses.replace(config, **changes))
     if splits.image_shape != model.image_shape:
@@ -92,12 +95,13 @@ def encode(run: RunFolder, data: str | None, data_dir: Path | None, out: Path) -
 def decode(run: RunFolder, codes: Path, split: str, out: Path) -> Path:
     """Write the image of each of the split's code grids to `out`, as 00000.png and so on."""
     config = run.read_config()
-    model = run.load_model(config.torch_device)
-    indices = read_codes(codes, split, config.codebook_size)
+    device = torch_device()
+    model = run.load_model(device)
+    indices = read_codes(codes, split, config)
     out.mkdir(parents=True, exist_ok=True)
     number = 0
     for batch in indices.split(BATCH):
-        images = model.decode_indices(batch.to(config.torch_device))
+        images = model.decode_indices(batch.to(device))
         pixels = images.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         for image in pixels:
             Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
@@ -107,15 +111,19 @@ def decode(run: RunFolder, codes: Path, split: str, out: Path) -> Path:
     return out
 
 
-def read_codes(path: Path, split: str, codebook_size: int) -> Tensor:
+def read_codes(path: Path, split: str, config: TrainConfig) -> Tensor:
     """Code grids (N, h, w) int64 of one split of an encoded file. Raises DataError."""
+    grid, codes = size_pair(config.latent_grid), config.codebook_size
     try:
         with np.load(path, allow_pickle=False) as file:
-            indices = torch.from_numpy(file[split]).long()
+            indices = torch.from_numpy(file[split].astype(np.int64, casting="safe"))
     except KeyError:
         raise DataError(f"{path}: holds no codes named {split!r}") from None
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    # An empty file, an array without names, numbers that are no integers, a broken archive.
+    except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: cannot read codes ({error})") from error
-    if indices.dim() != 3 or not ((indices >= 0) & (indices < codebook_size)).all():
-        raise DataError(f"{path}: {split!r} is not code grids (N, h, w) in 0..{codebook_size - 1}")
+    if indices.shape[1:] != grid or not ((indices >= 0) & (indices < codes)).all():
+        raise DataError(
+            f"{path}: {split!r} is not code grids (N, {grid[0]}, {grid[1]}) in 0..{codes - 1}"
+        )
     return indices

@@ -27,6 +27,7 @@ class ConfigError(ValueError):
 
 
 def setting(default: Any, group: str, help: str) -> Any:
+    """A field of TrainConfig, with what the command line says about it."""
     return field(default=default, metadata={"group": group, "help": help})
 
 
@@ -79,7 +80,11 @@ class TrainConfig:
         "auto", "temperature", "where T starts: a number, or auto: just under the critical one"
     )
     temperature_schedule: Schedule = setting("exponential", "temperature", "how T falls")
-    temperature_ratio: float = setting(0.1, "temperature", "T at the end over T at the start")
+    temperature_ratio: str = setting(
+        "auto",
+        "temperature",
+        "T at the end over T at the start, or auto: ends where T/2 is the codes' own error",
+    )
 
     steps: int | None = setting(
         None, "optimisation", f"optimizer steps; default: {EPOCHS} epochs, at least {MIN_STEPS}"
@@ -103,10 +108,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None:
                 _check_type(name, value, kind)
-        for name in ("latent_dim", "codebook_size", "width", "steps", "batch_size"):
+        for name in ("latent_dim", "codebook_size", "width", "steps"):
             _check(name, getattr(self, name), lambda v: v >= 1, "at least 1")
         for name in ("evaluate_every", "checkpoint_every"):
             _check(name, getattr(self, name), lambda v: v >= 1, "at least 1")
+        _check("batch_size", self.batch_size, lambda v: v >= 2, "at least 2, for the batch norms")
+        _check("seed", self.seed, lambda v: 0 <= v < 2**32, "from 0 to 2^32 − 1")
         _check("residual_blocks", self.residual_blocks, lambda v: v >= 0, "at least 0")
         for name in ("reconstruction_weight", "lr", "codebook_lr_factor"):
             _check(name, getattr(self, name), lambda v: 0 < v < math.inf, "a number above 0")
@@ -118,7 +125,7 @@ class TrainConfig:
         _check(
             "validation_fraction", self.validation_fraction, lambda v: 0 < v < 1, "between 0 and 1"
         )
-        _check("temperature_ratio", self.temperature_ratio, lambda v: 0 < v <= 1, "in (0, 1]")
+        _check("temperature_ratio", self.temperature_ratio, _is_ratio, "auto or a number in (0, 1]")
         _check("temperature", self.temperature, _is_temperature, "auto or a number above 0")
         for name in ("latent_grid", "image_size"):
             _check(name, getattr(self, name), _is_size, "a size such as 7 or 7x5")
@@ -143,21 +150,15 @@ class TrainConfig:
                 "codebook_loss: detached_quantizing_error stops the gradient to the encoder, so it "
                 "cannot go with decoder_input = quantized"
             )
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device: cuda is not available here; allowed: auto, cpu")
-
-    @property
-    def torch_device(self) -> torch.device:
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
 
     @property
     def image_size_pair(self) -> tuple[int, int] | None:
+        """(height, width), or None to leave the images as they are."""
         return None if self.image_size is None else size_pair(self.image_size)
 
     @property
     def hidden_sizes(self) -> tuple[int, ...]:
+        """ "256,64" → (256, 64)."""
         return tuple(int(size) for size in self.hidden.split(","))
 
     def resolved(self, image_shape: tuple[int, int, int], train_images: int) -> "TrainConfig":
@@ -176,6 +177,7 @@ class TrainConfig:
         )
 
     def to_toml(self) -> str:
+        """The settings as `read_config` reads them, without those left open."""
         values = dataclasses.asdict(self)
         return tomli_w.dumps(
             {
@@ -184,6 +186,15 @@ class TrainConfig:
                 if value is not None
             }
         )
+
+
+def torch_device(name: str = "auto") -> torch.device:
+    """The device of a name; "auto" is a GPU when there is one. Raises ConfigError."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda is not available here; allowed: auto, cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -195,13 +206,16 @@ def read_config(path: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration ({error.strerror})") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML ({error})") from error
-    for name in values:
-        if name not in value_types():
+    for name, value in values.items():
+        kind = value_types().get(name)
+        if kind is None:
             raise ConfigError(f"{path}: unknown setting {name!r}{nearest_hint(name)}")
-    if "data_dir" in values:
-        values["data_dir"] = Path(values["data_dir"])
+        if kind is Path and isinstance(value, str):
+            values[name] = Path(value)
+        if kind is str and type(value) in (int, float):
+            values[name] = str(value)  # latent_grid = 7, temperature = 0.5
     return values
 
 
@@ -250,3 +264,7 @@ def _is_temperature(text: str) -> bool:
         return text == "auto" or 0 < float(text) < math.inf
     except ValueError:
         return False
+
+
+def _is_ratio(text: str) -> bool:
+    return _is_temperature(text) and (text == "auto" or float(text) <= 1)

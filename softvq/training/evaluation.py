@@ -14,6 +14,8 @@ BATCH = 1000
 
 @dataclass(frozen=True)
 class SplitMetrics:
+    """What `evaluate` counted over a split."""
+
     values: dict[str, float]  # by the names of the run folder's metrics
     counts: Tensor  # (K,) int64: how often each code was the nearest one
 

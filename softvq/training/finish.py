@@ -33,7 +33,7 @@ def finish(
     save_reconstructions(run.reconstructions, reconstruction_rows(model, images))
     summary = {
         "test": test.values,
-        "images_per_second": config.batch_size * progress.step / max(progress.seconds, 1e-9),
+        "images_per_second": progress.images_per_second,
         "seconds": progress.seconds,
         "device": device_name(device),
         "seed": config.seed,
@@ -52,6 +52,7 @@ def finish(
 
 
 def device_name(device: torch.device) -> str:
+    """What the device is, for the summary."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"

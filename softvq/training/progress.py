@@ -50,6 +50,7 @@ class Display:
         self.bar.stop()
 
     def step(self, step: int, progress: Progress, parts: dict[str, Tensor]) -> None:
+        """Move the bar, now and then with fresh losses (0-d tensors)."""
         now = time.monotonic()
         if self.bar.disable or now - self._shown < REFRESH_SECONDS:
             return
@@ -59,23 +60,37 @@ class Display:
         self.bar.update(
             self.task,
             completed=step,
-            speed=f"{rate:.1f} steps/s  {rate * self.config.batch_size:,.0f} images/s",
+            speed=f"{rate:.1f} steps/s  {progress.images_per_second:,.0f} images/s",
             losses=losses,
         )
 
     def validated(self, step: int, values: dict[str, float]) -> None:
+        """Print the metrics of a validation."""
         self.bar.update(self.task, completed=step)
-        self.console.print(
-            f"step {step:>6}/{self.config.steps}  validation: "
-            f"hard error {values['reconstruction_hard_error']:.4f}  "
-            f"soft {values['reconstruction_quantizing_error']:.4f}  "
-            f"reconstruction {values['reconstruction_error']:.4f}  "
-            f"perplexity {values['perplexity']:.1f}  usage {values['codebook_usage']:.0%}"
-        )
+        self._print(f"step {step:>6}/{self.config.steps}  validation: {summary(values)}")
 
     def stopped(self, step: int, run: Path) -> None:
-        self.console.print(f"stopped at step {step}, saved; go on with: --out {run} --resume")
+        """Say how to go on after a signal."""
+        self._print(f"stopped at step {step}, saved; go on: softvq train --out {run} --resume")
+
+    def finished(self, values: dict[str, float], report: Path) -> None:
+        """Print the metrics of the test split."""
+        self._print(f"test: {summary(values)}\nreport: {report}")
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)
+
+
+def summary(values: dict[str, float]) -> str:
+    """The metrics that matter most, in one line."""
+    return (
+        f"hard error {values['reconstruction_hard_error']:.4f}  "
+        f"soft {values['reconstruction_quantizing_error']:.4f}  "
+        f"reconstruction {values['reconstruction_error']:.4f}  "
+        f"perplexity {values['perplexity']:.1f}  usage {values['codebook_usage']:.0%}"
+    )
 
 
 def short(name: str) -> str:
+    """A metric's name for the bar."""
     return name.removesuffix("_error")

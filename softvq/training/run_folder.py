@@ -68,12 +68,17 @@ class RunFolder:
         return TrainConfig(**read_config(self.config))
 
     def append_metrics(self, step: int, split: str, values: dict[str, float]) -> None:
+        """Add one line to metrics.jsonl."""
         with self.metrics.open("a") as file:
             file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
 
     def drop_metrics_after(self, step: int) -> None:
         """Forget the lines a resumed run will write again, and a line torn by a kill."""
-        kept = [line for line in read_metrics(self.metrics) if line["step"] <= step]
+        kept = [
+            line
+            for line in read_metrics(self.metrics)
+            if line["step"] <= step and line["split"] != "test"
+        ]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
     def save_model(self, model: SoftVQVAE) -> None:
@@ -91,10 +96,13 @@ class RunFolder:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
             raise RunError(f"{self.path}: no model.safetensors; the run has not finished") from None
-        except SafetensorError as error:
+        except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
             raise RunError(f"{self.model}: damaged ({error})") from error
         model = build_model(config, image_shape)
-        model.load_state_dict(tensors)
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise RunError(f"{self.model}: does not fit the run's config.toml") from error
         return model.to(device).eval()
 
 

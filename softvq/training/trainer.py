@@ -14,8 +14,8 @@ from softvq.data import DataSplits
 from softvq.models import SoftVQVAE
 from softvq.quantizers import DeadCodeRestart
 from softvq.training.build import build_data, build_model
-from softvq.training.checkpoint import Progress, load_checkpoint, save_checkpoint
-from softvq.training.config import TrainConfig
+from softvq.training.checkpoint import Progress, Stateful, load_checkpoint, save_checkpoint
+from softvq.training.config import TrainConfig, torch_device
 from softvq.training.evaluation import evaluate, to_pixels
 from softvq.training.finish import finish
 from softvq.training.progress import Display
@@ -47,6 +47,7 @@ def train(
     TrainingError, each before anything is lost.
     """
     run = RunFolder(out)
+    device = torch_device(config.device)
     if not resume:
         run.check(overwrite)
     data = build_data(config)
@@ -55,7 +56,7 @@ def train(
     model = build_model(config, data.image_shape)
     if not resume:
         run.create(config)
-    trainer = Trainer(config, run, model, data, quiet=quiet)
+    trainer = Trainer(config, run, model, data, device, quiet=quiet)
     if resume:
         trainer.resume()
     return trainer.run_to_the_end()
@@ -70,11 +71,12 @@ class Trainer:
         run: RunFolder,
         model: SoftVQVAE,
         data: DataSplits,
+        device: torch.device,
         *,
         quiet: bool = False,
     ):
         self.config, self.run, self.data = config, run, data
-        self.device = config.torch_device
+        self.device = device
         self.model = model.to(self.device)
         self.temperature = Temperature(config, model.quantizer).to(self.device)
         self.restart = DeadCodeRestart(config.codebook_size, config.dead_code_threshold)
@@ -86,15 +88,18 @@ class Trainer:
         self.display = Display(config, quiet=quiet)
 
     @property
-    def parts(self) -> dict[str, torch.nn.Module | torch.optim.Optimizer]:
+    def parts(self) -> dict[str, Stateful]:
+        """What a checkpoint holds besides the progress and the random state."""
         return {
             "model": self.model,
             "temperature": self.temperature,
             "restart": self.restart,
             "optimizer": self.optimizer,
+            "losses": self.losses,
         }
 
     def resume(self) -> None:
+        """Go back to the newest checkpoint. Raises RunError."""
         self.progress = load_checkpoint(self.run.checkpoints, self.parts)
         self.run.drop_metrics_after(self.progress.step)
 
@@ -108,16 +113,21 @@ class Trainer:
             ):
                 if self.progress.step >= self.config.steps:
                     break
-                self._step(batch.to(self.device))
-                if self._due(self.config.evaluate_every) or stopped:
+                try:
+                    self._step(batch.to(self.device))
+                except (ValueError, torch.linalg.LinAlgError):
+                    self._check_weights()  # numbers that are not finite make both
+                    raise
+                if self._due(self.config.evaluate_every):
                     self._log()
                     self._validate()
                 if self._due(self.config.checkpoint_every) or stopped:
-                    save_checkpoint(self.run.checkpoints, self.progress, self.parts)
+                    self._save()
                 if stopped and self.progress.step < self.config.steps:
                     self.display.stopped(self.progress.step, self.run.path)
                     return False
-        finish(self.config, self.run, self.data, self.progress, self.device)
+        test = finish(self.config, self.run, self.data, self.progress, self.device)
+        self.display.finished(test.values, self.run.report)
         return True
 
     def _due(self, every: int) -> bool:
@@ -141,11 +151,18 @@ class Trainer:
         self.optimizer.step()
         self.progress.step += 1
         step = self.progress.step
-        self.temperature.update(self.model.quantizer, latents, step, step / self.config.steps)
+        self.temperature.update(
+            self.model.quantizer,
+            latents,
+            parts["quantizing_error"],
+            step,
+            step / self.config.steps,
+        )
         self.restart.update(indices)
         if step % RESTART_EVERY == 0 and RESTART_FROM < step / self.config.steps < RESTART_UNTIL:
             self.restart.restart(self.model.quantizer.codebook, latents)
         self.losses.add(parts, len(batch))
+        self.progress.images += len(batch)
         self.progress.seconds += time.perf_counter() - started
         self.display.step(step, self.progress, parts)
 
@@ -153,14 +170,11 @@ class Trainer:
         """One line of training losses, averaged since the last one. Raises TrainingError."""
         values = self.losses.read()
         if not math.isfinite(values["loss"]):
-            raise TrainingError(
-                f"the loss became {values['loss']} before step {self.progress.step}; the last "
-                "checkpoint is good: lower --lr, or look for broken images"
-            )
+            raise self._diverged(f"the loss became {values['loss']}")
         values["temperature"] = self.model.quantizer.temperature.item()
         values["critical_temperature"] = self.temperature.critical_value.item()
         values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        values["images_per_second"] = images_per_second(self.config, self.progress)
+        values["images_per_second"] = self.progress.images_per_second
         self.run.append_metrics(self.progress.step, "train", values)
 
     def _validate(self) -> None:
@@ -172,6 +186,21 @@ class Trainer:
             self.progress.best_step = self.progress.step
             self.run.save_model(self.model)
         self.display.validated(self.progress.step, values)
+
+    def _save(self) -> None:
+        """Write a checkpoint, unless the model is broken. Raises TrainingError."""
+        self._check_weights()
+        save_checkpoint(self.run.checkpoints, self.progress, self.parts)
+
+    def _check_weights(self) -> None:
+        if not all(tensor.isfinite().all() for tensor in self.model.state_dict().values()):
+            raise self._diverged("the weights became infinite or not a number")
+
+    def _diverged(self, what: str) -> TrainingError:
+        return TrainingError(
+            f"{what} before step {self.progress.step}; the last checkpoint is good: lower --lr, or "
+            "look for broken images"
+        )
 
 
 def build_optimizer(config: TrainConfig, model: SoftVQVAE) -> torch.optim.Optimizer:
@@ -211,10 +240,6 @@ def batches(images: int, batch_size: int, seed: int, start: int) -> Iterator[tor
         for position in range(step % per_epoch, per_epoch):
             yield order[position * size : (position + 1) * size]
             step += 1
-
-
-def images_per_second(config: TrainConfig, progress: Progress) -> float:
-    return config.batch_size * progress.step / max(progress.seconds, 1e-9)
 
 
 @contextmanager

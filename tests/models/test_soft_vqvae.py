@@ -1,0 +1,201 @@
+"""The Soft VQ-VAE: which loss moves which part, and how it is evaluated."""
+
+import pytest
+import torch
+
+import softvq
+from softvq import losses
+from softvq.models import SoftVQVAE
+from softvq.models.soft_vqvae import LossWeights
+from softvq.quantizers import SoftVQ
+
+DIM, CODES, GRID, SHAPE = 4, 6, (2, 2), (1, 8, 8)
+QUANTIZER_ONLY = LossWeights(reconstruction=0.0, quantizing=1.0, kl=0.0)
+RECONSTRUCTION_ONLY = LossWeights(reconstruction=1.0, quantizing=0.0, kl=0.0)
+
+
+def build(weights=None, *, shape=SHAPE, grid=GRID, quantizer=None, **options):
+    vq = SoftVQ(DIM, CODES, **{"temperature": 1.5} | (quantizer or {}))
+    weights = weights or LossWeights(reconstruction_quantizing=1.0)
+    return SoftVQVAE(shape, grid, vq, weights=weights, width=4, hidden=(12, 8), **options)
+
+
+def moved(model, images):
+    """The parts of the model that the loss gives a gradient, after a backward pass."""
+    model(images).losses["loss"].backward()
+    parts = {"encoder": model.encoder, "decoder": model.decoder, "codes": model.quantizer}
+    return {
+        name
+        for name, part in parts.items()
+        if any(p.grad is not None and p.grad.abs().max() > 0 for p in part.parameters())
+    }
+
+
+@pytest.fixture
+def images():
+    return torch.rand(5, *SHAPE)
+
+
+def test_latent_the_quantizer_loss_moves_the_codes_alone(images):
+    assert moved(build(QUANTIZER_ONLY), images) == {"codes"}
+    committed = build(QUANTIZER_ONLY, quantizer={"commitment_weight": 1.0})
+    assert moved(committed, images) == {"codes"}
+
+
+def test_latent_the_reconstruction_leaves_the_codes_alone(images):
+    assert moved(build(RECONSTRUCTION_ONLY), images) == {"encoder", "decoder"}
+
+
+def test_quantized_the_reconstruction_passes_through_q_to_the_encoder(images):
+    model = build(RECONSTRUCTION_ONLY, decoder_input="quantized")
+    assert moved(model, images) == {"encoder", "decoder", "codes"}
+
+
+@pytest.mark.parametrize(
+    ("commitment_weight", "parts"), [(0.0, {"codes"}), (0.25, {"codes", "encoder"})]
+)
+def test_quantized_commitment_moves_the_encoder(images, commitment_weight, parts):
+    model = build(
+        QUANTIZER_ONLY,
+        decoder_input="quantized",
+        quantizer={"commitment_weight": commitment_weight},
+    )
+    assert moved(model, images) == parts
+
+
+@pytest.mark.parametrize("quantized_codes", ["nearest", "soft"])
+@pytest.mark.parametrize("decoder_input", ["latent", "quantized"])
+def test_the_fourth_loss_trains_only_the_decoder(images, decoder_input, quantized_codes):
+    """With fixed batch norms: in training, latents and codes share their statistics."""
+    gradients = []
+    for weight in (0.0, 1.0):
+        torch.manual_seed(3)
+        model = build(
+            LossWeights(1.0, 0.0, 0.0, weight),
+            decoder_input=decoder_input,
+            quantized_codes=quantized_codes,
+        ).eval()
+        model(images).losses["loss"].backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, without in gradients[0].items():
+        if not name.startswith("decoder."):
+            torch.testing.assert_close(gradients[1][name], without, msg=name)
+    name = "decoder.layers.0.weight"
+    assert not torch.allclose(gradients[1][name], gradients[0][name], rtol=1e-2)
+
+
+def decoded(model, images):
+    """How many latents per image the decoder was given while training."""
+    sizes = []
+    model.decoder.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    step = model(images)
+    return sum(sizes) / len(images), step
+
+
+def test_weight_zero_leaves_the_fourth_decoding_out(images):
+    assert decoded(build(LossWeights(reconstruction_quantizing=1.0)), images)[0] == 2
+    assert decoded(build(LossWeights(reconstruction_quantizing=0.0)), images)[0] == 1
+
+
+def test_weight_zero_of_the_kl_makes_the_encoder_deterministic(images):
+    model = build(LossWeights(kl=0.0))
+    assert "kl" not in model(images).losses
+    assert model.encode(images).logvar is None
+    assert torch.equal(model.encode(images).z, model.encode(images).z)
+    z = model.encode(torch.rand(50, *SHAPE)).z.flatten(0, 2)
+    torch.testing.assert_close(z.mean(0), torch.zeros(DIM), rtol=0, atol=1e-5)
+    torch.testing.assert_close(z.std(0, correction=0), torch.ones(DIM), rtol=1e-2, atol=0)
+
+
+def test_a_variational_encoder_samples_only_in_training(images):
+    model = build(LossWeights(kl=1.0))
+    assert not torch.equal(model.encode(images).z, model.encode(images).z)
+    latents = model.eval().encode(images)
+    assert torch.equal(latents.z, latents.mean)
+
+
+@pytest.mark.parametrize("reconstruction_loss", ["squared", "absolute"])
+@pytest.mark.parametrize("decoder_input", ["latent", "quantized"])
+def test_the_loss_is_the_weighted_sum(images, decoder_input, reconstruction_loss):
+    weights = LossWeights(3.0, 0.5, 0.7, 2.0)
+    options = {"decoder_input": decoder_input, "reconstruction_loss": reconstruction_loss}
+    # In eval mode nothing is random and batch norm is fixed, so each term can be computed apart.
+    model = build(weights, **options).eval()
+    mean, logvar = model.encode(images)[1:]
+    quantized, indices, quantizer_loss = model.quantizer(mean)
+    output = model.decode(mean if decoder_input == "latent" else quantized)
+    code_output = model.decode(model.quantizer.codebook[indices])
+    kl = losses.kl_divergence(mean, logvar)
+    error = losses.reconstruction_error(output, images, reconstruction_loss)
+    code_error = losses.reconstruction_error(code_output, images, reconstruction_loss)
+    wanted = 3.0 * error + 0.5 * quantizer_loss + 0.7 * kl + 2.0 * 3.0 * code_error
+
+    step = model(images)
+    torch.testing.assert_close(step.losses["loss"], wanted)
+    torch.testing.assert_close(step.losses["kl"], kl)
+    squared = losses.reconstruction_error(output, images)
+    torch.testing.assert_close(step.losses["reconstruction_error"], squared)
+    torch.testing.assert_close(step.losses["quantizing_error"], (mean - quantized).square().mean())
+    assert torch.equal(step.indices, indices)
+    torch.testing.assert_close(step.latents, mean)
+    assert not step.latents.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("architecture", "shape", "grid"),
+    [
+        ("conv", (3, 12, 9), (3, 3)),
+        ("conv", (1, 8, 8), (1, 1)),
+        ("dense", (2, 5, 7), (1, 1)),
+        ("dense", (1, 8, 8), (2, 3)),
+    ],
+)
+def test_evaluate_and_indices_agree(architecture, shape, grid):
+    model = build(shape=shape, grid=grid, architecture=architecture).eval()
+    images = torch.rand(5, *shape)
+    seen = model.evaluate(images)
+    assert seen.indices.shape == (5, *grid) and seen.indices.dtype == torch.int64
+    assert torch.equal(model.encode_indices(images), seen.indices)
+    torch.testing.assert_close(model.decode_indices(seen.indices), seen.nearest_reconstruction)
+    codes = model.quantizer.get_codes_from_indices(seen.indices)
+    torch.testing.assert_close(model.decode(codes), seen.nearest_reconstruction)
+
+    z = model.encode(images).mean
+    soft = softvq.soft_quantize(z, model.quantizer.codebook, 1.5).quantized
+    torch.testing.assert_close(model.decode(soft), seen.soft_reconstruction)
+    torch.testing.assert_close(model.decode(z), seen.reconstruction)
+    torch.testing.assert_close(seen.quantizing_error, (z - soft).square().mean())
+    p = softvq.assignment_probabilities(z, model.quantizer.codebook, 1.5)
+    torch.testing.assert_close(seen.max_probability, p.amax(-1).mean())
+    assert not seen.reconstruction.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("estimator", "own"),
+    [("soft", "soft_reconstruction"), ("straight_through", "nearest_reconstruction")],
+)
+def test_a_quantized_model_reconstructs_from_its_own_q(images, estimator, own):
+    model = build(decoder_input="quantized", quantizer={"estimator": estimator}).eval()
+    seen = model.evaluate(images)
+    assert torch.equal(seen.reconstruction, getattr(seen, own))
+    assert not torch.equal(seen.soft_reconstruction, seen.nearest_reconstruction)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1.0, 1e6])
+def test_max_probability_lies_between_even_and_certain(images, temperature):
+    model = build(quantizer={"temperature": temperature}).eval()
+    value = model.evaluate(images).max_probability.item()
+    assert 1 / CODES * 0.999 <= value <= 1
+    if temperature != 1.0:
+        assert value == pytest.approx(1 if temperature < 1 else 1 / CODES, rel=0.05)
+
+
+def test_kl_of_a_deterministic_model_is_zero(images):
+    assert build(LossWeights(kl=0.0)).eval().evaluate(images).kl == 0
+    assert build(LossWeights(kl=1.0)).eval().evaluate(images).kl > 0
+
+
+@pytest.mark.parametrize("architecture", ["conv"])
+def test_a_grid_larger_than_the_image_is_refused(architecture):
+    with pytest.raises(ValueError, match="latent grid 9x2 must lie between"):
+        build(grid=(9, 2), architecture=architecture)

@@ -1,0 +1,99 @@
+"""Restarting dead codes."""
+
+import torch
+
+from softvq.quantizers import DeadCodeRestart
+
+CODES, DIM = 6, 3
+THRESHOLD = 0.5
+
+
+def with_dead(*dead):
+    """A counter that has seen every code but these, and a codebook."""
+    restart = DeadCodeRestart(CODES, THRESHOLD, decay=0.5)
+    alive = torch.tensor([code for code in range(CODES) if code not in dead])
+    for _ in range(4):
+        restart.update(alive.repeat(5).view(5, -1))
+    return restart, torch.randn(CODES, DIM)
+
+
+def is_a_row_of(code, rows):
+    return (rows == code).all(-1).any().item()
+
+
+def test_shares_are_running_averages():
+    restart = DeadCodeRestart(2, THRESHOLD, decay=0.9)
+    restart.update(torch.tensor([[0, 0], [0, 1]]))
+    torch.testing.assert_close(restart.share, torch.tensor([0.525, 0.475]))
+
+
+def test_only_dead_codes_move_and_they_move_to_latents():
+    restart, codebook = with_dead(1, 4)
+    before, latents = codebook.clone(), torch.randn(2, 7, DIM)
+    restart.restart(codebook, latents)
+    alive = [0, 2, 3, 5]
+    assert torch.equal(codebook[alive], before[alive])
+    assert all(is_a_row_of(codebook[code], latents.flatten(0, 1)) for code in (1, 4))
+    assert not torch.equal(codebook[1], codebook[4])  # drawn without replacement
+
+
+def test_a_restarted_code_is_not_restarted_again():
+    restart, codebook = with_dead(1)
+    restart.restart(codebook, torch.randn(7, DIM))
+    before = codebook.clone()
+    restart.restart(codebook, torch.randn(7, DIM))
+    assert torch.equal(codebook, before)
+
+
+def test_threshold_zero_never_restarts():
+    restart = DeadCodeRestart(CODES, 0.0, decay=0.0)
+    restart.update(torch.zeros(5, dtype=torch.int64))
+    codebook = torch.randn(CODES, DIM)
+    before = codebook.clone()
+    restart.restart(codebook, torch.randn(7, DIM))
+    assert torch.equal(codebook, before)
+
+
+def test_latents_that_have_their_code_are_not_drawn():
+    restart, codebook = with_dead(2)
+    far = torch.full((DIM,), 30.0)
+    latents = torch.cat([codebook[[0, 1, 3, 4, 5]].repeat(20, 1), far[None]])
+    restart.restart(codebook, latents)
+    assert torch.equal(codebook[2], far)
+
+
+def test_more_dead_codes_than_rows():
+    restart, codebook = with_dead(0, 1, 2, 3)
+    before, latents = codebook.clone(), torch.randn(3, DIM)
+    restart.restart(codebook, latents)
+    assert sorted(map(tuple, codebook[:3].tolist())) == sorted(map(tuple, latents.tolist()))
+    assert torch.equal(codebook[3:], before[3:])
+    restart.restart(codebook, latents)  # the one that was left out has its turn
+    assert is_a_row_of(codebook[3], latents)
+
+
+def test_the_seed_decides():
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(0)
+        restart, codebook = with_dead(1, 4)
+        latents = torch.randn(200, DIM)
+        torch.manual_seed(seed)
+        restart.restart(codebook, latents)
+        results.append(codebook)
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+def test_a_parameter_is_moved_in_place():
+    restart, codebook = with_dead(1)
+    parameter = torch.nn.Parameter(codebook[None].clone())
+    latents = torch.randn(7, DIM)
+    restart.restart(parameter[0], latents)
+    assert is_a_row_of(parameter.data[0, 1], latents) and parameter.grad_fn is None
+
+
+def test_shares_are_saved():
+    restart, _ = with_dead(1)
+    other = DeadCodeRestart(CODES, THRESHOLD)
+    other.load_state_dict(restart.state_dict())
+    assert torch.equal(other.share, restart.share)

@@ -1,0 +1,242 @@
+"""SoftVQ: its call, its layouts, and where its gradients go."""
+
+from typing import get_args
+
+import pytest
+import torch
+
+import softvq
+from softvq.quantizers import SoftVQ
+from softvq.quantizers.soft import CodebookLoss
+
+DIM, CODES = 6, 10
+LOSSES = get_args(CodebookLoss)
+
+
+def layer(**options):
+    return SoftVQ(**{"dim": DIM, "codebook_size": CODES, "temperature": 2.0} | options)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("codebook_dim", [None, 4])
+@pytest.mark.parametrize(
+    ("options", "shape", "positions"),
+    [
+        ({}, (2, 7, DIM), (2, 7)),
+        ({}, (2, DIM), (2,)),
+        ({"channel_last": False}, (2, DIM, 7), (2, 7)),
+        ({"accept_image_fmap": True}, (2, DIM, 4, 5), (2, 4, 5)),
+    ],
+    ids=str,
+)
+def test_shapes(heads, codebook_dim, options, shape, positions):
+    vq = layer(heads=heads, codebook_dim=codebook_dim, **options)
+    quantized, indices, loss, breakdown = vq(torch.randn(shape), return_loss_breakdown=True)
+    assert quantized.shape == shape
+    assert indices.shape == (positions if heads == 1 else (*positions, heads))
+    assert indices.dtype == torch.int64
+    assert loss.shape == breakdown.entropy.shape == ()
+    assert breakdown.codebook is loss
+    code = (CODES, codebook_dim or DIM // heads)
+    assert vq.codebook.shape == (code if heads == 1 else (heads, *code))
+    assert len(vq(torch.randn(shape))) == 3
+
+
+def test_the_layouts_differ_in_nothing_but_the_order_of_the_axes():
+    last, first = layer(), layer(channel_last=False)
+    first.load_state_dict(last.state_dict())
+    x = torch.randn(2, 4, 5, DIM)
+    for a, b in zip(last(x), first(x.movedim(-1, 1)), strict=True):
+        torch.testing.assert_close(a, b.movedim(1, -1) if b.dim() == 4 else b)
+
+
+def test_one_head_is_the_operator():
+    vq, x = layer(), torch.randn(2, 7, DIM)
+    out = softvq.soft_quantize(x, vq.codebook, 2.0)
+    quantized, indices, _, breakdown = vq(x, return_loss_breakdown=True)
+    torch.testing.assert_close(quantized, out.quantized)
+    assert torch.equal(indices, out.indices)
+    torch.testing.assert_close(breakdown.entropy, out.entropy.mean())
+
+
+def test_heads_quantise_their_own_features():
+    vq, x = layer(heads=3), torch.randn(4, DIM)
+    quantized, indices, _ = vq(x)
+    for head in range(3):
+        features = slice(2 * head, 2 * head + 2)
+        out = softvq.soft_quantize(x[:, features], vq.codebook[head], 2.0)
+        torch.testing.assert_close(quantized[:, features], out.quantized)
+        assert torch.equal(indices[:, head], out.indices)
+
+
+def test_a_projection_leads_to_the_codes_and_back():
+    vq, x = layer(codebook_dim=4), torch.randn(5, DIM)
+    out = softvq.soft_quantize(vq.project_in(x), vq.codebook, 2.0)
+    torch.testing.assert_close(vq(x)[0], vq.project_out(out.quantized))
+    assert isinstance(layer(heads=2).project_in, torch.nn.Identity)
+
+
+@pytest.mark.parametrize("codebook_dim", [None, 4])
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("fmap", [False, True])
+def test_indices_bring_the_output_back(codebook_dim, heads, fmap):
+    vq = layer(
+        codebook_dim=codebook_dim,
+        heads=heads,
+        accept_image_fmap=fmap,
+        estimator="straight_through",
+    )
+    quantized, indices, _ = vq(torch.randn(2, DIM, 3, 4) if fmap else torch.randn(2, 3, DIM))
+    torch.testing.assert_close(vq.get_output_from_indices(indices), quantized)
+
+
+def test_codes_are_their_own_nearest():
+    vq = layer(temperature=1e-3)
+    indices = torch.tensor([[3, 0, 9]])
+    codes = vq.get_codes_from_indices(indices)
+    assert torch.equal(codes, vq.codebook[indices])
+    assert torch.equal(vq(codes)[1], indices)
+    heads = layer(heads=3)
+    indices = torch.tensor([[3, 0, 9]])
+    codes = heads.get_codes_from_indices(indices)
+    assert torch.equal(codes[0, 1], heads.codebook[1, 0]) and codes.shape == (1, 3, 2)
+
+
+def gradients(vq, x):
+    """Gradients of the loss in x and in the codebook."""
+    loss = vq(x)[2]
+    return torch.autograd.grad(loss, (x, vq.codebook_parameter))
+
+
+@pytest.mark.parametrize("codebook_loss", LOSSES)
+def test_commitment_weight_scales_what_reaches_x_and_only_that(codebook_loss):
+    full = layer(codebook_loss=codebook_loss, commitment_weight=1.0)
+    x = torch.randn(20, DIM, requires_grad=True)
+    loss, (dx, dc) = full(x)[2], gradients(full, x)
+    assert dx.abs().max() > 0 and dc.abs().max() > 0
+    for weight in (0.0, 0.25, 3.0):
+        vq = layer(codebook_loss=codebook_loss, commitment_weight=weight)
+        vq.load_state_dict(full.state_dict())
+        torch.testing.assert_close(vq(x)[2], loss)
+        scaled_dx, same_dc = gradients(vq, x)
+        torch.testing.assert_close(scaled_dx, weight * dx)
+        torch.testing.assert_close(same_dc, dc)
+
+
+@pytest.mark.parametrize("commitment_weight", [0.0, 0.25])
+def test_q_passes_its_gradient_to_x_whatever_the_commitment(commitment_weight):
+    vq, x = layer(commitment_weight=commitment_weight), torch.randn(5, DIM, requires_grad=True)
+    grad = torch.randn(5, DIM)
+    (given,) = torch.autograd.grad(vq(x)[0], x, grad)
+    wanted = torch.autograd.grad(softvq.soft_quantize(x, vq.codebook, 2.0).quantized, x, grad)
+    torch.testing.assert_close(given, wanted[0])
+
+
+def test_losses_have_the_value_they_are_named_after():
+    x = torch.randn(20, DIM)
+    vq = layer()
+    out = softvq.soft_quantize(x, vq.codebook, 2.0)
+    for codebook_loss, wanted in {
+        "free_energy": -2.0 * out.log_partition.mean() / DIM,
+        "quantizing_error": (x - out.quantized).square().mean(),
+        "detached_quantizing_error": (x - out.quantized).square().mean(),
+        "likelihood": (
+            0.5 * torch.log(torch.tensor(2.0 * torch.pi))
+            + (torch.log(torch.tensor(1.0 * CODES)) - out.log_partition.mean()) / DIM
+        ),
+    }.items():
+        other = layer(codebook_loss=codebook_loss)
+        other.load_state_dict(vq.state_dict())
+        torch.testing.assert_close(other(x)[2], wanted)
+
+
+def test_detached_loss_is_weighted_least_squares_in_the_codes():
+    vq = layer(codebook_loss="detached_quantizing_error")
+    x = torch.randn(20, DIM, requires_grad=True)
+    quantized, _, loss = vq(x)
+    loss.backward()
+    p = softvq.assignment_probabilities(x.detach(), vq.codebook.detach(), 2.0)
+    wanted = p.T @ (2 * (quantized - x).detach() / x.numel())
+    torch.testing.assert_close(vq.codebook_parameter.grad[0], wanted)
+    assert torch.equal(x.grad, torch.zeros_like(x))  # commitment_weight is 0
+    (through_q,) = torch.autograd.grad(vq(x)[0].sum(), x, allow_unused=True)
+    assert through_q is None
+
+
+def test_quantizing_error_differentiates_the_probabilities_too():
+    vq = layer(codebook_loss="quantizing_error")
+    x = torch.randn(20, DIM)
+    given = torch.autograd.grad(vq(x)[2], vq.codebook_parameter)[0][0]
+    codebook = vq.codebook.detach().requires_grad_()
+    p = softvq.assignment_probabilities(x, codebook, 2.0)
+    wanted = torch.autograd.grad((x - p @ codebook).square().mean(), codebook)[0]
+    torch.testing.assert_close(given, wanted)
+
+
+def test_a_learned_temperature_falls_to_the_spread_of_tight_clusters():
+    vq = layer(codebook_loss="likelihood", learn_temperature=True)
+    assert any(p is vq.log_temperature for p in vq.parameters())
+    indices = torch.arange(CODES).repeat(50)
+    x = vq.codebook.detach()[indices] + 0.1 * torch.randn(500, DIM)
+    optimizer = torch.optim.Adam([vq.log_temperature], lr=0.1)
+    for _ in range(150):
+        optimizer.zero_grad()
+        vq(x)[2].backward()
+        optimizer.step()
+    assert vq.temperature.item() == pytest.approx(2 * 0.1**2, rel=0.1)
+
+
+def test_a_fixed_temperature_is_a_buffer():
+    vq = layer()
+    assert [name for name, _ in vq.named_parameters()] == ["codebook_parameter"]
+    vq(torch.randn(3, DIM))[2].backward()
+    assert not vq.temperature.requires_grad
+
+
+@pytest.mark.parametrize("value", [0.3, torch.tensor(0.3)], ids=["float", "tensor"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_set_temperature(value, learned):
+    vq = layer(codebook_loss="likelihood", learn_temperature=learned)
+    held = vq.log_temperature
+    vq.set_temperature(value)
+    assert vq.log_temperature is held
+    assert vq.temperature.item() == pytest.approx(0.3)
+    x = torch.randn(4, DIM)
+    torch.testing.assert_close(
+        vq(x)[0], softvq.soft_quantize(x, vq.codebook, 0.3).quantized, rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_state_dict_holds_codes_and_temperature(learned):
+    vq = layer(codebook_loss="likelihood", learn_temperature=learned)
+    vq.set_temperature(0.37)
+    other = layer(codebook_loss="likelihood", learn_temperature=learned, temperature=5.0)
+    other.load_state_dict(vq.state_dict())
+    assert torch.equal(other.temperature, vq.temperature)
+    assert torch.equal(other.codebook, vq.codebook)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dim": 0}, "dim must be at least 1, got 0"),
+        ({"codebook_size": 0}, "codebook_size must be at least 1, got 0"),
+        ({"heads": 0}, "heads must be at least 1, got 0"),
+        ({"codebook_dim": 0}, "codebook_dim must be at least 1, got 0"),
+        ({"heads": 4}, "dim 6 does not divide into 4 heads; give codebook_dim"),
+        ({"estimator": "hard"}, "estimator must be one of soft, straight_through; got 'hard'"),
+        ({"codebook_loss": "kl"}, "codebook_loss must be one of free_energy, .*; got 'kl'"),
+        ({"learn_temperature": True}, "learn_temperature needs codebook_loss='likelihood'"),
+        ({"temperature": 0.0}, "temperature must be a finite number above 0, got 0.0"),
+        ({"temperature": -1.0}, "temperature .* got -1.0"),
+        ({"temperature": float("nan")}, "temperature .* got nan"),
+        ({"temperature": float("inf")}, "temperature .* got inf"),
+        ({"commitment_weight": -0.5}, "commitment_weight must be .* got -0.5"),
+        ({"commitment_weight": float("nan")}, "commitment_weight must be .* got nan"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        layer(**options)

@@ -1,0 +1,337 @@
+"""The command line: what it runs, and one clear line and exit status 2 for what it cannot."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import softvq
+from softvq.cli import main
+from softvq.training.config import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = ("train", "eval", "reconstruct", "encode", "decode", "report")
+FAST = ("--steps", "2", "--width", "2", "--quiet")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Nothing a test forgets to place lands in the checkout."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path):
+    return shutil.copytree(tiny_run, tmp_path / "run")
+
+
+def refused(capsys, *arguments):
+    """What stderr says of a bad call, without the "softvq COMMAND: error: " before it."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    assert caught.value.code == 2
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1 and printed.err.endswith("\n")
+    prefix, line = printed.err.strip().split(" error: ")
+    assert prefix == f"softvq {arguments[0]}:"
+    return line
+
+
+def pictures(folder, sizes):
+    folder.mkdir()
+    for number, size in enumerate(sizes):
+        Image.new("L", size).save(folder / f"{number}.png")
+    return folder
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_train_needs_nothing_but_steps(tmp_path, capsys):
+    assert main(["train", *FAST]) == 0
+    assert (tmp_path / "runs" / "digits-soft-vqvae" / "summary.json").is_file()
+    assert capsys.readouterr().out == ""
+
+
+def test_options_override_the_configuration_file(tmp_path):
+    Path("c.toml").write_text("steps = 50\nwidth = 2\nlr = 0.5\n")
+    assert main(["train", "--config", "c.toml", "--steps", "2", "--out", "run", "--quiet"]) == 0
+    text = (tmp_path / "run" / "config.toml").read_text()
+    assert "steps = 2\n" in text and "width = 2\n" in text and "lr = 0.5\n" in text
+
+
+def test_every_command_on_a_finished_run(run, capsys):
+    assert main(["eval", str(run)]) == 0
+    error = json.loads((run / "summary.json").read_text())["test"]["reconstruction_hard_error"]
+    lines = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert float(lines["reconstruction_hard_error"]) == pytest.approx(error, rel=1e-4)
+
+    assert main(["encode", str(run), "-o", "codes.npz"]) == 0
+    assert main(["decode", str(run), "codes.npz", "--split", "validation", "-o", "decoded"]) == 0
+    assert main(["reconstruct", str(run), "decoded", "-o", "pages"]) == 0
+    (run / "report.html").unlink()
+    assert main(["report", str(run)]) == 0
+    assert (run / "report.html").is_file()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"usage: softvq {command}" in capsys.readouterr().out
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n    {command}" in text for command in COMMANDS)
+
+
+def test_help_of_train_shows_every_setting_and_its_default(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    config = TrainConfig()
+    for name in vars(config):
+        assert f"--{name.replace('_', '-')} " in text
+    for default in ("128", "0.002", "exponential", "10000.0", "256,64", "free_energy"):
+        assert f"default: {default}" in text
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"softvq {softvq.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"]], ids=["no command", "unknown command"])
+def test_the_command_itself(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert error.startswith("softvq: error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--codebok-size", "8"), "unknown option --codebok-size, did you mean --codebook-size?"),
+        (("--codebok-size=8",), "unknown option --codebok-size=8, did you mean --codebook-size?"),
+        (("--xyzzy",), "unknown option --xyzzy"),
+        (("--step", "3"), "unknown option --step, did you mean --steps?"),
+        (("--model", "gan"), "argument --model: invalid choice: 'gan' (choose from "),
+        (("--data", "digit"), "argument --data: invalid choice: 'digit' (choose from "),
+        (("--steps", "0"), "steps: 0 is not allowed; it must be at least 1"),
+        (("--steps", "many"), "argument --steps: invalid int value: 'many'"),
+        (("--steps",), "argument --steps: expected one argument"),
+        (("--temperature", "0"), "temperature: 0 is not allowed; it must be auto or a number"),
+        (("--temperature", "-1"), "temperature: -1 is not allowed"),
+        (("--temperature", "nan"), "temperature: nan is not allowed"),
+        (("--codebook-size", "0"), "codebook_size: 0 is not allowed"),
+        (("--lr", "nan"), "lr: nan is not allowed"),
+        (("--batch-size", "1"), "batch_size: 1 is not allowed"),
+        (("--seed", "99999999999999999999"), "seed: 99999999999999999999 is not allowed"),
+        (("--latent-grid", "9x2"), "latent_grid: latent grid 9x2 must lie between 1x1 and "),
+        (("--data", "folder"), "folder: needs the folder of the images; give it with --data-dir"),
+        (("--data", "folder", "--data-dir", "gone"), "gone: no such folder"),
+        (("--config", "gone.toml"), "gone.toml: cannot read the configuration"),
+        (("--resume",), "--resume needs the run folder: --out RUN"),
+        (("--resume", "--out", "gone"), "gone: no run there (no config.toml)"),
+        (("--resume", "--overwrite"), "argument --overwrite: not allowed with argument --resume"),
+        (("--out", "/proc/x"), "/proc/x: cannot write a run there ("),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_train_refuses(arguments, message, capsys, tmp_path):
+    line = refused(capsys, "train", *arguments)
+    assert line.startswith(message)
+    assert ("did you mean" in line) == ("did you mean" in message)
+    assert not list(tmp_path.rglob("config.toml")) and not list(tmp_path.rglob("checkpoints"))
+
+
+def test_a_folder_without_images(tmp_path, capsys):
+    folder = pictures(tmp_path / "empty", [])
+    line = refused(capsys, "train", "--data", "folder", "--data-dir", folder)
+    assert line.startswith(f"{folder}: no images there")
+
+
+def test_images_of_several_sizes(tmp_path, capsys):
+    folder = pictures(tmp_path / "mixed", [(8, 8)] * 9 + [(9, 8)])
+    line = refused(capsys, "train", "--data", "folder", "--data-dir", folder)
+    assert "9.png: 8x9 pixels, but" in line and "--image-size" in line
+
+
+def test_a_truncated_idx_file(tmp_path, capsys):
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (tmp_path / f"{name}-ubyte").write_bytes(b"\0\0\x08\x03\0\0\0\x05\0\0\0\x1c")
+    line = refused(capsys, "train", "--data", "mnist", "--data-dir", tmp_path)
+    assert line.startswith(f"{tmp_path}/train-images-idx3-ubyte: is not an idx file")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps = = 2", "c.toml: not valid TOML ("),
+        ("stepz = 2", "c.toml: unknown setting 'stepz', did you mean 'steps'?"),
+        ("steps = 'two'", "steps: 'two' is not a int"),
+        ("data_dir = 3", "data_dir: 3 is not a Path"),
+    ],
+)
+def test_a_bad_configuration_file(text, message, capsys):
+    Path("c.toml").write_text(text)
+    assert refused(capsys, "train", "--config", "c.toml").startswith(message)
+
+
+def test_a_run_is_not_overwritten_unasked(run, capsys):
+    before = files(run)
+    line = refused(capsys, "train", "--out", run)
+    assert line.startswith(f"{run}: already holds a run; continue it with --resume")
+    assert files(run) == before
+
+
+def test_overwriting_with_bad_data_loses_nothing(run, capsys):
+    before = files(run)
+    arguments = ("--overwrite", "--out", run, "--data", "folder", "--data-dir", "gone")
+    assert refused(capsys, "train", *arguments).startswith("gone: no such folder")
+    assert refused(capsys, "train", "--overwrite", "--out", run, "--latent-grid", "99")
+    assert files(run) == before
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_run_folder_that_cannot_be_made(below, tmp_path, capsys):
+    (tmp_path / "file").write_text("here already")
+    out = tmp_path / "file" / below
+    line = refused(capsys, "train", "--out", out)
+    assert line.startswith(f"{out}: cannot write a run there (")
+
+
+def test_resume_keeps_the_settings(run, capsys):
+    before = files(run)
+    line = refused(capsys, "train", "--resume", "--out", run, "--lr", "0.5")
+    assert line.startswith("lr: 0.5 differs from the run's 0.002")
+    Path("c.toml").write_text("lr = 0.5")
+    assert refused(capsys, "train", "--resume", "--out", run, "--config", "c.toml") == line
+    assert files(run) == before
+
+
+def test_resume_may_repeat_the_settings(tmp_path):
+    pictures(tmp_path / "images", [(8, 8)] * 20)
+    same = ("--data", "folder", "--data-dir", "images", "--out", "run", *FAST)
+    assert main(["train", *same]) == 0
+    assert main(["train", "--resume", "--device", "cpu", *same]) == 0
+
+
+def test_resume_without_a_usable_checkpoint(run, capsys):
+    states = sorted((run / "checkpoints").rglob("state.pt"))
+    for state in states:
+        state.write_bytes(b"garbage" * 10)
+    line = refused(capsys, "train", "--resume", "--out", run, "--quiet")
+    assert line.startswith(f"{run}/checkpoints/step-12/state.pt: damaged checkpoint")
+    shutil.rmtree(run / "checkpoints")
+    line = refused(capsys, "train", "--resume", "--out", run, "--quiet")
+    assert line.startswith(f"{run}: no checkpoint to resume from")
+
+
+AFTERWARDS = {
+    "eval": (),
+    "reconstruct": ("gone.png",),
+    "encode": ("-o", "codes.npz"),
+    "decode": ("codes.npz", "-o", "decoded"),
+    "report": (),
+}
+
+
+@pytest.mark.parametrize("command", AFTERWARDS)
+def test_a_run_that_is_not_there(command, capsys):
+    line = refused(capsys, command, "gone", *AFTERWARDS[command])
+    assert line == "gone: no run there (no config.toml)"
+
+
+@pytest.mark.parametrize("command", AFTERWARDS)
+def test_a_run_with_a_broken_configuration(command, run, capsys):
+    (run / "config.toml").write_bytes(b"\xff\xfe")
+    line = refused(capsys, command, run, *AFTERWARDS[command])
+    assert line.startswith(f"{run}/config.toml: not valid TOML")
+
+
+@pytest.mark.parametrize("command", ["eval", "reconstruct", "encode", "decode"])
+@pytest.mark.parametrize("length", [0, 5, 300, -1], ids=str)
+def test_a_damaged_model(command, length, run, capsys):
+    model = run / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:length])
+    line = refused(capsys, command, run, *AFTERWARDS[command])
+    assert line.startswith(f"{model}: damaged (")
+
+
+def test_a_model_file_of_something_else(run, capsys):
+    from safetensors.torch import save_file
+
+    save_file({}, run / "model.safetensors")
+    assert refused(capsys, "eval", run).startswith(f"{run}/model.safetensors: damaged (")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("eval", "RUN", "--split", "holiday"), "argument --split: invalid choice: 'holiday'"),
+        (("eval", "RUN", "--splt", "test"), "unknown option --splt, did you mean --split?"),
+        (("eval",), "the following arguments are required: run"),
+        (("reconstruct", "RUN", "gone.png"), "gone.png: cannot read this image ("),
+        (("reconstruct", "RUN", "text.png"), "text.png: cannot read this image ("),
+        (("reconstruct", "RUN", "9x8"), "9x8/0.png: 8x9 pixels, expected 8x8"),
+        (("reconstruct", "RUN", "8x8", "-o", "text.png"), "text.png: File exists"),
+        (("encode", "RUN"), "the following arguments are required: -o/--out"),
+        (("encode", "RUN", "-o", "text.png/codes.npz"), "text.png/.codes.npz."),
+        (("encode", "RUN", "-o", "gone/codes.npz"), "gone/.codes.npz."),
+        (
+            ("encode", "RUN", "--data", "folder", "--data-dir", "9x8", "-o", "codes.npz"),
+            "folder: images of shape (1, 8, 9), but the model is for (1, 8, 8)",
+        ),
+        (("decode", "RUN", "gone.npz", "-o", "decoded"), "gone.npz: cannot read codes ("),
+        (("decode", "RUN", "text.png", "-o", "decoded"), "text.png: cannot read codes ("),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_the_other_commands_refuse(arguments, message, run, tmp_path, capsys):
+    (tmp_path / "text.png").write_text("no picture")
+    pictures(tmp_path / "8x8", [(8, 8)])
+    pictures(tmp_path / "9x8", [(9, 8)] * 10)
+    arguments = [str(run) if argument == "RUN" else argument for argument in arguments]
+    assert refused(capsys, *arguments).startswith(message)
+
+
+def test_a_report_needs_metrics(run, capsys):
+    (run / "metrics.jsonl").unlink()
+    assert refused(capsys, "report", run).startswith(f"{run}: no metrics.jsonl there")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ("--stepz", "3"),
+            "softvq train: error: unknown option --stepz, did you mean --steps?\n",
+        ),
+        (
+            ("--data", "folder", "--data-dir", "gone"),
+            "softvq train: error: gone: no such folder; give --data-dir a folder of images\n",
+        ),
+    ],
+    ids=["option", "data"],
+)
+def test_the_real_program(arguments, line):
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *arguments], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)

@@ -1,0 +1,188 @@
+"""The settings: what is allowed, what is said about the rest, and the way to a file and back."""
+
+import dataclasses
+from pathlib import Path
+from typing import get_args, get_origin
+
+import pytest
+import torch
+
+from softvq.training.config import (
+    ConfigError,
+    TrainConfig,
+    read_config,
+    size_pair,
+    torch_device,
+    value_types,
+)
+
+NAN, INF = float("nan"), float("inf")
+WHOLE = ("latent_dim", "codebook_size", "width", "steps", "evaluate_every", "checkpoint_every")
+POSITIVE = ("reconstruction_weight", "lr", "codebook_lr_factor")
+FROM_ZERO = (
+    "quantizing_weight",
+    "kl_weight",
+    "reconstruction_quantizing_weight",
+    "commitment_weight",
+    "weight_decay",
+    "dead_code_threshold",
+)
+BAD = [
+    *((name, value) for name in WHOLE for value in (0, -3, 2.5, "many", True)),
+    *((name, value) for name in POSITIVE for value in (0.0, -1.0, NAN, INF, "much", False)),
+    *((name, value) for name in FROM_ZERO for value in (-0.1, NAN, INF, "much")),
+    *(("batch_size", value) for value in (0, 1, -1)),
+    *(("residual_blocks", value) for value in (-1, 1.0)),
+    *(("seed", value) for value in (-1, 2**32, 0.5)),
+    *(("validation_fraction", value) for value in (0.0, 1.0, -0.1, NAN)),
+    *(("temperature_ratio", value) for value in ("0", "1.1", "-1", "nan", "warm", 0.5)),
+    *(("temperature", value) for value in ("0", "-1", "nan", "inf", "warm", "", 2.0)),
+    *(("latent_grid", value) for value in ("0", "7x", "7x0", "7x5x3", "-7", "", 7)),
+    *(("image_size", value) for value in ("0x8", "big", 8)),
+    *(("hidden", value) for value in ("", "0", "256,", "256;64", "-1", 256)),
+    ("data_dir", 5),
+]
+
+
+def test_the_defaults_are_valid():
+    TrainConfig()
+
+
+@pytest.mark.parametrize(("name", "value"), BAD, ids=str)
+def test_a_bad_value_is_named(name, value):
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(**{name: value})
+    message = str(caught.value)
+    assert message.startswith(f"{name}: ") and str(value) in message and "\n" not in message
+
+
+CHOICES = [name for name, kind in value_types().items() if get_origin(kind)]
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_bad_choice_lists_the_good_ones(name):
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(**{name: "banana"})
+    allowed = ", ".join(get_args(value_types()[name]))
+    assert str(caught.value) == f"{name}: 'banana' is not one of {allowed}"
+
+
+def test_every_setting_has_its_bad_value():
+    assert {name for name, _ in BAD} | set(CHOICES) == {
+        field.name for field in dataclasses.fields(TrainConfig)
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature_schedule": "constant"}, "temperature: auto .* give a number"),
+        (
+            {"temperature_schedule": "learned", "codebook_loss": "quantizing_error"},
+            "temperature_schedule: learned needs codebook_loss = likelihood.*quantizing_error",
+        ),
+        (
+            {"decoder_input": "quantized", "codebook_loss": "detached_quantizing_error"},
+            "codebook_loss: detached_quantizing_error .* decoder_input = quantized",
+        ),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_go_together(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature_schedule": "constant", "temperature": "2.5"},
+        {"temperature_schedule": "learned", "codebook_loss": "likelihood"},
+        {"decoder_input": "quantized"},
+        {"temperature_ratio": "1.0", "temperature": "1e-3"},
+        {"latent_grid": "7x5", "hidden": "3", "residual_blocks": 0, "kl_weight": 0},
+    ],
+    ids=str,
+)
+def test_settings_that_do(settings):
+    TrainConfig(**settings)
+
+
+def test_cuda_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="device: cuda is not available here"):
+        torch_device("cuda")
+    assert torch_device() == torch_device("auto") == torch.device("cpu")
+
+
+def test_numbers_need_no_quotes_in_toml(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text('latent_grid = 7\ntemperature = 2.5\ndata_dir = "here"\n')
+    config = TrainConfig(**read_config(path))
+    assert (config.latent_grid, config.temperature) == ("7", "2.5")
+    assert config.data_dir == Path("here")
+
+
+@pytest.mark.parametrize("data_dir", [None, Path("/some/where")])
+def test_toml_and_back(tmp_path, data_dir):
+    config = TrainConfig(
+        data="folder", data_dir=data_dir, steps=7, lr=1e-5, latent_grid="7x5", temperature="0.3"
+    )
+    path = tmp_path / "config.toml"
+    path.write_text(config.to_toml())
+    assert TrainConfig(**read_config(path)) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"codebok_size = 8", "unknown setting 'codebok_size', did you mean 'codebook_size'?"),
+        (b"xyzzy = 8", "unknown setting 'xyzzy'"),
+        (b"steps = = 3", "not valid TOML"),
+        (b"\xff\xfe\x00", "not valid TOML"),
+    ],
+    ids=["misspelt", "unknown", "broken", "binary"],
+)
+def test_a_bad_file_is_named(tmp_path, text, message):
+    path = tmp_path / "config.toml"
+    path.write_bytes(text)
+    with pytest.raises(ConfigError) as caught:
+        read_config(path)
+    assert str(caught.value).startswith(f"{path}: {message}") and "\n" not in str(caught.value)
+    assert ("did you mean" in str(caught.value)) == ("did you mean" in message)
+
+
+@pytest.mark.parametrize("name", ["missing.toml", "."])
+def test_a_missing_file_is_named(tmp_path, name):
+    with pytest.raises(ConfigError, match="cannot read the configuration"):
+        read_config(tmp_path / name)
+
+
+def test_resolved_leaves_nothing_open():
+    config = TrainConfig(data="folder", data_dir=Path("pictures")).resolved((3, 30, 50), 1000)
+    assert (config.latent_grid, config.steps) == ("7x12", 1500)
+    assert (config.evaluate_every, config.checkpoint_every) == (75, 75)
+    assert config.data_dir == Path("pictures").absolute()
+    assert config.image_size is None  # the images' own
+    assert config.resolved((3, 30, 50), 1000) == config
+
+
+def test_resolved_follows_the_data():
+    config = TrainConfig(batch_size=10)
+    assert config.resolved((1, 8, 8), 10_000).steps == 15_000
+    assert config.resolved((1, 3, 3), 10).latent_grid == "1x1"
+    dense = TrainConfig(architecture="dense")
+    assert dense.resolved((1, 28, 28), 10).latent_grid == "1x1"
+
+
+def test_resolved_keeps_what_was_given():
+    given = TrainConfig(latent_grid="5", steps=30, evaluate_every=4, checkpoint_every=9)
+    assert given.resolved((1, 28, 28), 100) == given
+    few = TrainConfig(steps=3).resolved((1, 28, 28), 100)
+    assert (few.evaluate_every, few.checkpoint_every) == (1, 1)
+
+
+def test_sizes():
+    assert size_pair("7") == (7, 7) and size_pair("7x5") == (7, 5)
+    config = TrainConfig(image_size="64x48", hidden="256,64")
+    assert config.image_size_pair == (64, 48) and config.hidden_sizes == (256, 64)

@@ -1,0 +1,293 @@
+"""The training loop: what a run leaves, that it can be repeated, stopped and gone on with."""
+
+import dataclasses
+import itertools
+import json
+import re
+import shutil
+import signal
+import tomllib
+
+import pytest
+import torch
+from PIL import Image
+
+from softvq.cli import main
+from softvq.training import trainer
+from softvq.training.run_folder import RunFolder
+from softvq.training.trainer import Trainer, TrainingError, batches, set_learning_rates, train
+
+# The metrics the run folder promises (shared/DESIGN.md, section 6).
+METRICS = {
+    "reconstruction_error",
+    "quantizing_error",
+    "reconstruction_quantizing_error",
+    "reconstruction_hard_error",
+    "kl",
+    "codebook_usage",
+    "perplexity",
+    "max_probability",
+    "psnr",
+    "psnr_hard",
+}
+
+
+def metrics_of(run):
+    """The lines of metrics.jsonl, apart from what the clock says."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def weights_of(run):
+    return (run / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def config(tiny_run):
+    return RunFolder(tiny_run).read_config()
+
+
+def test_a_run_leaves_all_its_files(tiny_run):
+    assert {path.name for path in tiny_run.iterdir()} == {
+        "config.toml",
+        "metrics.jsonl",
+        "checkpoints",
+        "model.safetensors",
+        "reconstructions.png",
+        "codebook_usage.png",
+        "report.html",
+        "summary.json",
+    }
+    assert tomllib.loads((tiny_run / "config.toml").read_text())["steps"] == 12
+    assert "step-12" in {path.name for path in (tiny_run / "checkpoints").iterdir()}
+    for name in ("reconstructions.png", "codebook_usage.png"):
+        Image.open(tiny_run / name).verify()
+    assert (tiny_run / "report.html").read_text().lower().startswith("<!doctype html>")
+    RunFolder(tiny_run).load_model(torch.device("cpu"))
+
+
+def test_the_metrics_have_the_names_of_the_contract(tiny_run):
+    lines = metrics_of(tiny_run)
+    assert [(line["step"], line["split"]) for line in lines] == [
+        *itertools.product((5, 10, 12), ("train", "validation")),
+        (12, "test"),
+    ]
+    for line in lines:
+        if line["split"] == "train":
+            assert {"loss", "reconstruction_error", "quantizing_error", "kl"} <= line.keys()
+            assert {"temperature", "learning_rate"} <= line.keys()
+        else:
+            assert line.keys() >= METRICS
+            assert 0 < line["codebook_usage"] <= 1 and 1 <= line["perplexity"] <= 8
+
+
+def test_the_summary(tiny_run):
+    summary = json.loads((tiny_run / "summary.json").read_text())
+    assert summary.keys() >= {"test", "images_per_second", "device", "seed", "steps", "versions"}
+    lines = metrics_of(tiny_run)
+    assert lines[-1] == {"step": 12, "split": "test"} | summary["test"]
+    errors = {
+        line["step"]: line["reconstruction_hard_error"]
+        for line in lines
+        if line["split"] == "validation"
+    }
+    assert summary["best_step"] == min(errors, key=errors.get)
+    assert summary["steps"] == 12
+
+
+def test_config_toml_alone_repeats_the_run(tiny_run, tmp_path):
+    again = tmp_path / "again"
+    torch.manual_seed(1234)  # nothing outside the file may matter
+    arguments = ["train", "--config", str(tiny_run / "config.toml"), "--out", str(again)]
+    assert main([*arguments, "--quiet"]) == 0
+    assert weights_of(again) == weights_of(tiny_run)
+    assert metrics_of(again) == metrics_of(tiny_run)
+    assert (again / "config.toml").read_text() == (tiny_run / "config.toml").read_text()
+
+
+def test_the_seed_matters(config, tiny_run, tmp_path):
+    train(dataclasses.replace(config, seed=1), tmp_path / "other", quiet=True)
+    assert weights_of(tmp_path / "other") != weights_of(tiny_run)
+
+
+@pytest.fixture
+def busy(config, monkeypatch):
+    """Settings under which every part with a state is at work within the 12 steps."""
+    monkeypatch.setattr(trainer, "RESTART_EVERY", 2)
+    monkeypatch.setattr(trainer, "RESTART_FROM", 0.0)
+    monkeypatch.setattr("softvq.training.temperature.MEASURE_EVERY", 3)
+    return dataclasses.replace(config, dead_code_threshold=0.9, decoder_input="quantized")
+
+
+def interrupt(monkeypatch, at, what):
+    """Have `what` happen right after a step."""
+    step = Trainer._step
+
+    def step_and_interrupt(self, batch):
+        step(self, batch)
+        if self.progress.step == at:
+            what()
+
+    monkeypatch.setattr(Trainer, "_step", step_and_interrupt)
+
+
+def power_cut():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_step_and_resume_goes_on_exactly(
+    busy, tmp_path, monkeypatch, number
+):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(busy, whole, quiet=True)
+    # Neither a validation nor a checkpoint is due at step 7.
+    for at in (7, 10):
+        with monkeypatch.context() as patch:
+            interrupt(patch, at, lambda: signal.raise_signal(number))
+            assert not train(busy, parts, resume=at > 7, quiet=True)
+        assert f"step-{at}" in {path.name for path in (parts / "checkpoints").iterdir()}
+        assert not (parts / "summary.json").exists()
+    assert train(busy, parts, resume=True, quiet=True)
+    assert weights_of(parts) == weights_of(whole)
+    assert metrics_of(parts) == metrics_of(whole)
+
+
+def test_a_killed_run_goes_on_exactly(busy, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(busy, whole, quiet=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, 11, power_cut)  # the newest checkpoint is that of step 8
+        train(busy, parts, quiet=True)
+    with (parts / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "spl')
+    assert train(busy, parts, resume=True, quiet=True)
+    assert weights_of(parts) == weights_of(whole)
+    assert metrics_of(parts) == metrics_of(whole)
+
+
+def test_resuming_a_finished_run_changes_nothing(config, tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    assert train(config, run, resume=True, quiet=True)
+    assert weights_of(run) == weights_of(tiny_run)
+    assert metrics_of(run) == metrics_of(tiny_run)
+
+
+def test_overwrite_leaves_nothing_of_the_old_run(config, tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    short = dataclasses.replace(config, steps=2)
+    assert train(short, run, overwrite=True, quiet=True)
+    assert [line["step"] for line in metrics_of(run)] == [2, 2, 2]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-2"]
+
+
+@pytest.mark.parametrize(
+    ("evaluate_every", "checkpoint_every", "message"),
+    [
+        (7, 3, "the loss became nan before step 7"),
+        (12, 1, "the weights became .* before step 7"),
+        (12, 3, "the weights became .* before step 7"),
+    ],
+)
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
+    config, tmp_path, monkeypatch, evaluate_every, checkpoint_every, message
+):
+    step = Trainer._step
+
+    def step_into_the_void(self, batch):
+        if self.progress.step == 6:
+            self.model.quantizer.codebook_parameter.data.fill_(float("nan"))
+        step(self, batch)
+
+    monkeypatch.setattr(Trainer, "_step", step_into_the_void)
+    broken = dataclasses.replace(
+        config, evaluate_every=evaluate_every, checkpoint_every=checkpoint_every
+    )
+    with pytest.raises(TrainingError, match=message):
+        train(broken, tmp_path / "run", quiet=True)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step-6"]
+    newest = torch.load(checkpoints / "step-6" / "state.pt")
+    assert all(tensor.isfinite().all() for tensor in newest["model"].values())
+
+
+def test_latents_that_diverge_between_two_validations(config, tmp_path, monkeypatch):
+    step = Trainer._step
+
+    def step_into_the_void(self, batch):
+        if self.progress.step == 9:  # at step 10 the critical temperature is measured
+            next(self.model.encoder.parameters()).data.fill_(float("nan"))
+        step(self, batch)
+
+    monkeypatch.setattr(Trainer, "_step", step_into_the_void)
+    late = dataclasses.replace(config, evaluate_every=12, temperature="0.5", temperature_ratio="1")
+    with pytest.raises(TrainingError, match="the weights became"):
+        train(late, tmp_path / "run", quiet=True)
+
+
+def test_a_run_that_diverges_exits_with_1_and_one_line(tmp_path, capsys):
+    arguments = ["train", "--steps", "9", "--width", "2", "--lr", "1e30", "--evaluate-every", "3"]
+    assert main([*arguments, "--out", str(tmp_path / "run"), "--quiet"]) == 1
+    error = capsys.readouterr().err
+    assert re.match(r"softvq train: the (loss|weights) became .* before step [123];", error)
+    assert error.count("\n") == 1
+
+
+def test_a_batch_larger_than_the_data_is_all_of_it(config, tmp_path):
+    big = dataclasses.replace(config, batch_size=100_000, steps=1)
+    assert train(big, tmp_path / "run", quiet=True)
+
+
+def test_learning_rates(config):
+    config = dataclasses.replace(config, steps=2000, lr=0.5, codebook_lr_factor=4.0)
+    optimizer = torch.optim.SGD(
+        [{"params": torch.zeros(1)}, {"params": torch.zeros(1)}], lr=torch.nan
+    )
+
+    def rates(step):
+        set_learning_rates(optimizer, config, step)
+        return tuple(group["lr"] for group in optimizer.param_groups)
+
+    assert rates(0) == pytest.approx((0.5 / 100, 2.0), rel=1e-3)
+    assert rates(49) == pytest.approx((0.5 / 2, 2.0), rel=1e-2)
+    assert rates(99) == pytest.approx((0.5, 2.0), rel=1e-2)
+    assert rates(1000) == pytest.approx((0.25, 1.0))
+    assert 0 < rates(1999)[0] < 1e-5 and rates(1999)[1] == pytest.approx(0.02)
+    networks = [rates(step)[0] for step in range(99, 2000)]
+    assert all(a > b for a, b in itertools.pairwise(networks))
+
+
+def test_a_short_run_warms_up_too(config):
+    optimizer = torch.optim.SGD([{"params": torch.zeros(1)}, {"params": torch.zeros(1)}], lr=1.0)
+    set_learning_rates(optimizer, dataclasses.replace(config, steps=1, lr=0.5), 0)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def take(number, **options):
+    return list(itertools.islice(batches(**options), number))
+
+
+def test_every_epoch_is_a_permutation():
+    epochs = [torch.cat(take(6, images=12, batch_size=2, seed=0, start=6 * e)) for e in range(3)]
+    assert all(sorted(epoch.tolist()) == list(range(12)) for epoch in epochs)
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == 3
+
+
+def test_the_last_smaller_batch_is_left_out():
+    sizes = [len(batch) for batch in take(8, images=11, batch_size=3, seed=0, start=0)]
+    assert sizes == [3] * 8
+    epoch = torch.cat(take(3, images=11, batch_size=3, seed=0, start=0))
+    assert len(set(epoch.tolist())) == 9
+
+
+@pytest.mark.parametrize("start", [1, 3, 4, 11])
+def test_batches_go_on_where_they_stopped(start):
+    options = {"images": 11, "batch_size": 3, "seed": 5}
+    whole = take(20, **options, start=0)
+    rest = take(20 - start, **options, start=start)
+    assert all(torch.equal(a, b) for a, b in zip(whole[start:], rest, strict=True))
+
+
+def test_batches_follow_the_seed():
+    one, other = (take(1, images=50, batch_size=50, seed=s, start=0)[0] for s in (0, 1))
+    assert not torch.equal(one, other)
