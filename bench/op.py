@@ -5,7 +5,6 @@ import csv
 import datetime
 import multiprocessing
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -114,9 +113,16 @@ def _peak(queue, name: str, options: argparse.Namespace, codes: int) -> None:
     tensors = inputs(options, codes)
     small = argparse.Namespace(**{**vars(options), "rows": 256})
     step(name, small, *inputs(small, codes))  # libraries load and make their own buffers
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     step(name, options, *tensors)
-    queue.put(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    queue.put(_resident("VmHWM") - before)
+
+
+def _resident(field: str) -> int:
+    """Bytes of memory now (VmRSS) or at its highest (VmHWM); Linux."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition(f"{field}:")[2].split()[0])
 
 
 def processor_name() -> str:
