@@ -18,9 +18,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
+from softvq.kernels import tiles
+from softvq.kernels.primitives import load_codes, load_rows, split
+
 Precision = Literal["highest", "high", "medium"]
 
-MAX_DIM = 256
 EXPONENT_BITS = tl.constexpr(0x7F800000)  # of a float32: clearing the others leaves a power of two
 LARGEST = tl.constexpr(2.0**13)  # a scaled element is below twice that, well within float16
 
@@ -44,80 +46,61 @@ def nearest_kernel(
     padded_codes,
     z_stride_head,
     z_stride_row,
-    z_stride_dim,
-    dim,
+    DIM: tl.constexpr,
+    PAD: tl.constexpr,
     SPLIT: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CODES: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    CODES: tl.constexpr,
 ):
     """One block of rows of one head against all its codes.
 
-    z (H, N, D) any strides · mean (H, BLOCK_DIM) · codes (H, parts, padded_codes, BLOCK_DIM) float16
-    · bias (H, padded_codes) · code_scale (H) · indices (H, N) int64
+    z (H, N, DIM) with unit column stride · mean (H, PAD) · codes (H, parts, padded_codes, PAD)
+    float16 · bias (H, padded_codes) · code_scale (H) · indices (H, N) int64
     """
+    # 64 bits: every offset that grows with N or H.
     head = tl.program_id(1).to(tl.int64)
-    # (BLOCK_ROWS), (BLOCK_DIM), (BLOCK_CODES)
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.arange(0, BLOCK_DIM)
-    lane = tl.arange(0, BLOCK_CODES)
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    z_pointer += head * z_stride_head + first_row * z_stride_row
+    indices_pointer += head * rows + first_row
+    rows_left = rows - first_row
 
-    # (BLOCK_ROWS, BLOCK_DIM)
-    z = tl.load(
-        z_pointer + head * z_stride_head + row[:, None] * z_stride_row + column * z_stride_dim,
-        mask=(row[:, None] < rows) & (column < dim),
-        other=0.0,
-    ).to(tl.float32)
-    z -= tl.load(mean_pointer + head * BLOCK_DIM + column)
-    # (BLOCK_ROWS)
+    # [ROWS, PAD]
+    z = load_rows(z_pointer, z_stride_row, rows_left, ROWS, DIM, PAD).to(tl.float32)
+    z -= tl.load(mean_pointer + head * PAD + tl.arange(0, PAD))[None, :]
+    # [ROWS]
     z_scale = scale_of(tl.max(tl.abs(z), 1))
-    # (BLOCK_ROWS, BLOCK_DIM)
-    z = z / z_scale[:, None]
-    z_high = z.to(tl.float16)
-    z_low = (z - z_high.to(tl.float32)).to(tl.float16)
-    # (BLOCK_ROWS)
+    # [ROWS, PAD]
+    z_high, z_low = split(z / z_scale[:, None], tl.float16)
+    # [ROWS]
     scale = z_scale * tl.load(code_scale_pointer + head)
 
     parts: tl.constexpr = 2 if SPLIT else 1
-    codes_pointer += head * parts * padded_codes * BLOCK_DIM
+    codes_pointer += head * parts * padded_codes * PAD
     bias_pointer += head * padded_codes
-    # (BLOCK_ROWS, BLOCK_CODES): each lane remembers its own best and the block it came from, so
+    # [ROWS, CODES]: each lane remembers its own best and the block it came from, so
     # that no reduction across lanes stands inside the loop.
-    best = tl.full([BLOCK_ROWS, BLOCK_CODES], float("-inf"), tl.float32)
-    best_start = tl.zeros([BLOCK_ROWS, BLOCK_CODES], tl.int32)
-    for start in range(0, padded_codes, BLOCK_CODES):
-        # (BLOCK_DIM, BLOCK_CODES)
-        offsets = column[:, None] + (start + lane) * BLOCK_DIM
-        codes_high = tl.load(codes_pointer + offsets)
-        # (BLOCK_ROWS, BLOCK_CODES)
-        product = tl.dot(z_high, codes_high)
+    best = tl.full([ROWS, CODES], float("-inf"), tl.float32)
+    best_start = tl.zeros([ROWS, CODES], tl.int32)
+    for start in range(0, padded_codes, CODES):
+        # [CODES, PAD]
+        codes_high = load_codes(codes_pointer + start * PAD, CODES, PAD)
+        # [ROWS, CODES]
+        product = tl.dot(z_high, codes_high.T)
         if SPLIT:
-            codes_low = tl.load(codes_pointer + padded_codes * BLOCK_DIM + offsets)
-            product = tl.dot(z_high, codes_low, product)
-            product = tl.dot(z_low, codes_high, product)
-        score = tl.fma(product, scale[:, None], tl.load(bias_pointer + start + lane)[None, :])
+            codes_low = load_codes(codes_pointer + (padded_codes + start) * PAD, CODES, PAD)
+            product = tl.dot(z_high, codes_low.T, product)
+            product = tl.dot(z_low, codes_high.T, product)
+        bias = tl.load(bias_pointer + start + tl.arange(0, CODES))
+        score = tl.fma(product, scale[:, None], bias[None, :])
         # Strictly better only: the lowest index wins a tie, and a NaN never wins.
-        better = score > best
-        best = tl.where(better, score, best)
-        best_start = tl.where(better, start, best_start)
+        best_start = tl.where(score > best, start, best_start)
+        best = tl.maximum(best, score)
 
-    # (BLOCK_ROWS): of the lanes that hold the row's best, the lowest index.
-    candidate = tl.where(best == tl.max(best, 1)[:, None], best_start + lane, padded_codes)
-    tl.store(indices_pointer + head * rows + row, tl.min(candidate, 1).to(tl.int64), row < rows)
-
-
-class Tile(NamedTuple):
-    """The shape of one program, and how it runs."""
-
-    rows: int
-    codes: int
-    warps: int
-    stages: int
-
-
-def tile(block_dim: int, split: bool, capability: tuple[int, int]) -> Tile:
-    """The tile for a padded dimension; every choice is spill-free (`python -m bench compile`)."""
-    return Tile(64, 64, 4, 2)
+    # [ROWS]: of the lanes that hold the row's best, the lowest index.
+    holds_best = best == tl.max(best, 1)[:, None]
+    index = tl.min(tl.where(holds_best, best_start + tl.arange(0, CODES)[None, :], padded_codes), 1)
+    row = tl.arange(0, ROWS)
+    tl.store(indices_pointer + row, index.to(tl.int64), mask=row < rows_left)
 
 
 def nearest(z: Tensor, codebook: Tensor, precision: Precision = "highest") -> Tensor:
@@ -128,18 +111,26 @@ def nearest(z: Tensor, codebook: Tensor, precision: Precision = "highest") -> Te
     accuracy of float32 and "medium" rounds both to float16.
     """
     heads, rows, dim = z.shape
-    split = torch.float32 in (z.dtype, codebook.dtype) and precision != "medium"
-    block_dim = max(16, triton.next_power_of_2(dim))
-    shape = tile(block_dim, split, capability(z.device))
-    codes = prepare_codes(codebook, z.dtype, split, block_dim, shape.codes)
+    if z.stride(2) != 1:
+        z = z.contiguous()
+    split_operands = torch.float32 in (z.dtype, codebook.dtype) and precision != "medium"
+    shape = tiles.choose(
+        "nearest",
+        torch.float16,
+        dim,
+        2 if split_operands else 1,
+        tiles.shared_memory_limit(z.device),
+    )
+    codes = prepare_codes(codebook, z.dtype, split_operands)
     indices = z.new_empty((heads, rows), dtype=torch.int64)
     if rows:
         nearest_kernel[(triton.cdiv(rows, shape.rows), heads)](
-            *(z, *codes, indices, rows, codes.bias.shape[1], *z.stride(), dim),
-            SPLIT=split,
-            BLOCK_ROWS=shape.rows,
-            BLOCK_CODES=shape.codes,
-            BLOCK_DIM=block_dim,
+            *(z, *codes, indices, rows, codes.bias.shape[1], z.stride(0), z.stride(1)),
+            DIM=dim,
+            PAD=tiles.padded_dim(dim),
+            SPLIT=split_operands,
+            ROWS=shape.rows,
+            CODES=shape.codes,
             num_warps=shape.warps,
             num_stages=shape.stages,
         )
@@ -149,21 +140,19 @@ def nearest(z: Tensor, codebook: Tensor, precision: Precision = "highest") -> Te
 class Codes(NamedTuple):
     """A codebook ready for the kernel, in the order of its arguments."""
 
-    mean: Tensor  # (H, block_dim) float32, what was subtracted
-    parts: Tensor  # (H, 1 or 2, padded K, block_dim) float16
+    mean: Tensor  # (H, padded D) float32, what was subtracted
+    parts: Tensor  # (H, 1 or 2, padded K, padded D) float16
     bias: Tensor  # (H, padded K) float32, −½‖c‖², −∞ for a row of padding
     scale: Tensor  # (H) float32, a power of two: c = mean + scale · Σ parts
 
 
-def prepare_codes(
-    codebook: Tensor, z_dtype: torch.dtype, split: bool, block_dim: int, block_codes: int
-) -> Codes:
+def prepare_codes(codebook: Tensor, z_dtype: torch.dtype, split_operands: bool) -> Codes:
     """Centre, scale, round and pad a codebook (H, K, D). A few small launches, no synchronisation.
 
     The bias comes from the rounded codes: the nearest of them is exact, whatever was rounded.
     """
-    heads, codes, dim = codebook.shape
-    padding = (0, block_dim - dim, 0, -codes % block_codes)
+    _, codes, dim = codebook.shape
+    padding = (0, tiles.padded_dim(dim) - dim, 0, -codes % tiles.CODE_MULTIPLE)
     values = codebook.float()
     mean = values.mean(1)
     if torch.float32 not in (z_dtype, codebook.dtype):
@@ -173,7 +162,7 @@ def prepare_codes(
     scale = (largest.view(torch.int32) & EXPONENT_BITS.value).view(torch.float32) / LARGEST.value
     values = values / scale[:, None, None]
     high = values.half()
-    parts = [high, (values - high).half()] if split else [high]
+    parts = [high, (values - high).half()] if split_operands else [high]
     rounded = sum(part.float() for part in parts) * scale[:, None, None]
     bias = rounded.square().sum(2) * -0.5
     return Codes(
@@ -182,8 +171,3 @@ def prepare_codes(
         pad(bias, padding[2:], value=-torch.inf),
         scale,
     )
-
-
-def capability(device: torch.device) -> tuple[int, int]:
-    """Of a GPU; the interpreter stands in for the smallest supported one."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
