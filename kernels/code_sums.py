@@ -13,11 +13,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 from softvq.kernels.tiles import padded_dim
 
-CHUNK = 256  # rows of one program: 4 of them fill a multiprocessor, and K=1024, N=1M makes 5000
-ROWS = 32
+CHUNK = 256  # rows of one program: enough programs at N = 10^5, few sums to keep at N = 10^7
 
 
 @triton.jit
@@ -61,12 +61,13 @@ def segment_sums_kernel(
     tl.store(sums_pointer + segment * DIM + column, tl.sum(sums, 0), mask=column < DIM)
 
 
+@torch.library.custom_op("softvq::code_sums", mutates_args=())
 def code_sums(z: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
-    """Sum (K, D) and count (K) of the rows of z (N, D) with each index (N); at least float32.
+    """Sum (K, D) and count (K) of the rows of z (N, D) that each index (N) in [0, K) names.
 
-    An index outside [0, K) counts nowhere.
+    z is float16, bfloat16, float32 or float64, with any strides; the results are float32 or
+    float64. Differentiable in z.
     """
-    rows, dim = z.shape
     dtype = torch.promote_types(z.dtype, torch.float32)
     if z.stride(1) != 1:
         z = z.contiguous()
@@ -75,28 +76,50 @@ def code_sums(z: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, T
     # (K + 1): where each code's segment begins in the order, and its chunks among all chunks.
     begins = torch.searchsorted(ordered, codes)
     counts = begins.diff()
-    first_chunk = torch.nn.functional.pad(((counts + CHUNK - 1) // CHUNK).cumsum(0), (1, 0))
+    first_chunk = pad(((counts + CHUNK - 1) // CHUNK).cumsum(0), (1, 0))
 
     # (chunks): the code that a chunk belongs to, and its part of the order; unused ones are empty.
-    chunk = torch.arange(rows // CHUNK + codebook_size, device=z.device)
+    chunk = torch.arange(len(z) // CHUNK + codebook_size, device=z.device)
     code = torch.searchsorted(first_chunk[1:], chunk, right=True).clamp(max=codebook_size - 1)
     chunk_begins = begins[code] + (chunk - first_chunk[code]) * CHUNK
     chunk_ends = torch.minimum(chunk_begins + CHUNK, begins[code + 1])
 
-    partial = _segment_sums(z, order, chunk_begins, chunk_ends, dtype)
-    sums = _segment_sums(partial, None, first_chunk[:-1], first_chunk[1:], dtype)
+    with torch.cuda.device_of(z):
+        partial = _segment_sums(z, order, chunk_begins, chunk_ends, dtype)
+        sums = _segment_sums(partial, None, first_chunk[:-1], first_chunk[1:], dtype)
     return sums, counts.to(dtype)
+
+
+@code_sums.register_fake
+def _(z: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    sums = z.new_empty((codebook_size, z.shape[1]), dtype=dtype)
+    return sums, z.new_empty((codebook_size,), dtype=dtype)
+
+
+def _save_indices(ctx, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.dtype = inputs[0].dtype
+
+
+def _gather_gradient(ctx, grad_sums: Tensor, _) -> tuple[Tensor, None, None]:
+    (indices,) = ctx.saved_tensors
+    return grad_sums[indices].to(ctx.dtype), None, None
+
+
+code_sums.register_autograd(_gather_gradient, setup_context=_save_indices)
 
 
 def _segment_sums(
     values: Tensor, order: Tensor | None, begins: Tensor, ends: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    sums = values.new_empty((len(begins), values.shape[1]), dtype=dtype)
+    dim = values.shape[1]
+    sums = values.new_empty((len(begins), dim), dtype=dtype)
     segment_sums_kernel[(len(begins),)](
         *(values, order, begins, ends, sums, values.stride(0)),
-        DIM=values.shape[1],
-        PAD=padded_dim(values.shape[1]),
-        ROWS=ROWS,
+        DIM=dim,
+        PAD=padded_dim(dim),
+        ROWS=max(1, min(32, 8192 // padded_dim(dim))),  # at most 64 registers of sums a thread
         num_warps=4,
     )
     return sums

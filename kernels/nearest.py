@@ -123,17 +123,18 @@ def nearest(z: Tensor, codebook: Tensor, precision: Precision = "highest") -> Te
     )
     codes = prepare_codes(codebook, z.dtype, split_operands)
     indices = z.new_empty((heads, rows), dtype=torch.int64)
-    if rows:
-        nearest_kernel[(triton.cdiv(rows, shape.rows), heads)](
-            *(z, *codes, indices, rows, codes.bias.shape[1], z.stride(0), z.stride(1)),
-            DIM=dim,
-            PAD=tiles.padded_dim(dim),
-            SPLIT=split_operands,
-            ROWS=shape.rows,
-            CODES=shape.codes,
-            num_warps=shape.warps,
-            num_stages=shape.stages,
-        )
+    with torch.cuda.device_of(z):
+        if rows:
+            nearest_kernel[(triton.cdiv(rows, shape.rows), heads)](
+                *(z, *codes, indices, rows, codes.bias.shape[1], z.stride(0), z.stride(1)),
+                DIM=dim,
+                PAD=tiles.padded_dim(dim),
+                SPLIT=split_operands,
+                ROWS=shape.rows,
+                CODES=shape.codes,
+                num_warps=shape.warps,
+                num_stages=shape.stages,
+            )
     return indices
 
 

@@ -1,0 +1,193 @@
+"""Compile every kernel and tile for each architecture and read the machine code. Needs no GPU."""
+
+import argparse
+import csv
+import datetime
+import multiprocessing
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+import triton
+
+from bench.launches import Launch, recorded
+from bench.machine_code import SHARED_LIMIT, TENSOR_MEMORY_LIMIT, inspect
+from softvq.kernels import fused, tiles
+from softvq.kernels.code_sums import code_sums
+from softvq.kernels.nearest import nearest
+
+ARCHITECTURES = tuple(SHARED_LIMIT)
+DIMS, QUICK_DIMS = (16, 32, 64, 128, 256), (64, 128)
+# (latents, codebook, precision): all that the kernels tell apart.
+DTYPES = (
+    (torch.bfloat16, torch.bfloat16, "highest"),
+    (torch.float16, torch.float16, "highest"),
+    (torch.bfloat16, torch.float32, "highest"),
+    (torch.float32, torch.float32, "highest"),
+    (torch.float32, torch.float32, "high"),
+    (torch.float32, torch.float32, "medium"),
+)
+QUICK_DTYPES = (DTYPES[0], DTYPES[3])
+ROWS, CODES = 4096, 1024
+
+
+class Case(NamedTuple):
+    """One kernel as some call launches it on some architecture."""
+
+    architecture: int
+    dtypes: str
+    precision: str
+    dim: int
+    call: str  # the wrapper's name
+    launch: Launch
+
+    @property
+    def kernel(self) -> str:
+        return self.launch.kernel.__name__.strip("_").removesuffix("_kernel")
+
+
+def cases(architecture: int, quick: bool = False) -> Iterator[Case]:
+    """Every distinct kernel that the wrappers launch on this architecture."""
+    seen = set()
+    limit = patch.object(tiles, "shared_memory_limit", lambda _: SHARED_LIMIT[architecture])
+    for latents, codebook, precision in QUICK_DTYPES if quick else DTYPES:
+        for dim in QUICK_DIMS if quick else DIMS:
+            for name, call in _calls(latents, codebook, precision, dim).items():
+                with limit, recorded() as launches:
+                    call()
+                for launch in launches:
+                    if launch.key() not in seen:
+                        seen.add(launch.key())
+                        dtypes = f"{_short(latents)}/{_short(codebook)}"
+                        yield Case(architecture, dtypes, precision, dim, name, launch)
+
+
+def _calls(
+    latents: torch.dtype, codebook_dtype: torch.dtype, precision: str, dim: int
+) -> dict[str, Callable[[], object]]:
+    """Each wrapper's call for one kind of problem. The backward: of quantized alone, as in most
+    training, then with every gradient and T's.
+    """
+    z = torch.zeros(1, ROWS, dim, dtype=latents)
+    codebook = torch.zeros(1, CODES, dim, dtype=codebook_dtype)
+    inputs = (z, codebook, torch.ones(()))
+    row, usage = torch.zeros(1, ROWS), torch.zeros(1, CODES)
+    indices = torch.zeros(ROWS, dtype=torch.int64)
+    none, known = (None, None, None), {"precision": precision}
+    return {
+        "forward": lambda: fused.soft_forward(*inputs, **known),
+        "backward": lambda: fused.soft_backward(*inputs, z, *none, True, True, False, **known),
+        "backward, all": lambda: fused.soft_backward(
+            *inputs, z, row, row, usage, True, True, True, **known
+        ),
+        "usage": lambda: fused.probability_sums(*inputs, None, **known),
+        "nearest": lambda: nearest(z, codebook, precision),
+        "code sums": lambda: code_sums(z[0], indices, CODES),
+    }
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf")
+
+
+def describe(case: Case) -> dict[str, object]:
+    """Compile one case: a row of the table."""
+    constants, options = case.launch.constants, case.launch.options
+    code = inspect(case.launch.compile(case.architecture))
+    pairs = constants.get("ROWS", 0) * constants.get("CODES", 0)  # 0: no matrix product
+    problems = []
+    if code.spills:
+        problems.append("spills")
+    if code.shared > SHARED_LIMIT[case.architecture]:
+        problems.append("shared memory")
+    if code.tensor_memory > TENSOR_MEMORY_LIMIT:
+        problems.append("tensor memory")
+    if pairs and not code.loop_instructions:
+        problems.append("no tensor core")
+    return {
+        "architecture": f"sm_{case.architecture}",
+        "kernel": case.kernel,
+        "dtypes": case.dtypes,
+        "precision": case.precision,
+        "dim": case.dim,
+        "call": case.call,
+        "rows": constants.get("ROWS", ""),
+        "codes": constants.get("CODES", ""),
+        "warps": options.get("num_warps", 4),
+        "registers": code.registers,
+        "spilled_bytes": code.spills,
+        "shared_bytes": code.shared,
+        "tensor_memory_columns": code.tensor_memory,
+        "tensor_core": code.tensor_core,
+        "instructions": code.instructions,
+        "per_pair": round(code.per_pair(pairs, options.get("num_warps", 4)), 2) if pairs else "",
+        "problems": "; ".join(problems),
+        "triton": triton.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench compile", description=__doc__)
+    parser.add_argument("--architecture", type=int, nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--kernel", nargs="+", help="only these, e.g. forward nearest")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--quick", action="store_true", help="bf16 and fp32, D = 64 and 128")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION")
+    chosen = [
+        case
+        for architecture in options.architecture
+        for case in cases(architecture, options.quick)
+        if not options.kernel or case.kernel in options.kernel
+    ]
+    rows = []
+    for row in _described(chosen, options.jobs):
+        rows.append(row)
+        print(f"\r{len(rows)}/{len(chosen)} compiled", end="", file=sys.stderr)
+    print(file=sys.stderr)
+    out = options.out or Path(f"bench/results/compile/triton-{triton.__version__}.csv")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print_table(rows)
+    failed = sum(bool(row["problems"]) for row in rows)
+    print(f"\n{len(rows)} kernels, {failed} with problems; written to {out}")
+    return 1 if failed else 0
+
+
+def _described(chosen: list[Case], jobs: int) -> Iterator[dict[str, object]]:
+    if jobs == 1:
+        yield from map(describe, chosen)
+        return
+    global _shared_cases  # a forked process inherits them: a kernel cannot be pickled
+    _shared_cases = chosen
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        yield from pool.imap(_describe_numbered, range(len(chosen)))
+
+
+def _describe_numbered(number: int) -> dict[str, object]:
+    return describe(_shared_cases[number])
+
+
+def print_table(rows: list[dict[str, object]]) -> None:
+    print(
+        f"{'arch':6} {'kernel':14} {'z/codebook':10} {'precision':9} {'D':>3} {'call':13} "
+        f"{'rows×codes':>10} {'warps':>5} {'regs':>4} {'spills':>6} {'smem KB':>7} {'tmem':>4} "
+        f"{'matrix unit':11} {'instr/pair':>10}  problems"
+    )
+    for r in rows:
+        print(
+            f"{r['architecture']:6} {r['kernel']:14} {r['dtypes']:10} {r['precision']:9} "
+            f"{r['dim']:>3} {r['call']:13} {r['rows']!s:>5}×{r['codes']!s:<4} "
+            f"{r['warps']:>5} {r['registers']:>4} {r['spilled_bytes']:>6} "
+            f"{r['shared_bytes'] / 1024:>7.1f} {r['tensor_memory_columns']:>4} "
+            f"{r['tensor_core']:11} {r['per_pair']!s:>10}  {r['problems']}"
+        )
