@@ -135,7 +135,9 @@ def _code_sweep_kernel(
     # [CODES]
     half_norm = tl.load(half_norm_pointer + code_row + codes)
     if code_gradient_pointer is not None:
-        code_gradient = 2.0 * inverse_temperature * tl.load(code_gradient_pointer + code_row + codes)
+        code_gradient = (
+            2.0 * inverse_temperature * tl.load(code_gradient_pointer + code_row + codes)
+        )
 
     # Σ_n over this range: of e or else p, [CODES]; of p·g and e·z, [CODES, PAD]
     column = tl.zeros([CODES], tl.float32)

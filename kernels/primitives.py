@@ -31,11 +31,16 @@ def round_to(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, accumulator):
-    """a·b + accumulator in float32; float32 operands are split into three tf32 products."""
+    """a·b + accumulator in float32; float32 operands are split into three tf32 products.
+
+    A matrix unit rounds a·b and (bᵀ·aᵀ)ᵀ alike, and the kernels rely on it where T is tiny; BLAS
+    does not, so the interpreter sums in float64.
+    """
+    if INTERPRETING:
+        exact = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64)
+        return exact.to(tl.float32) + accumulator
     if a.dtype == tl.float32:
         return tl.dot(a, b, accumulator, input_precision="tf32x3")
-    if INTERPRETING:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)
     return tl.dot(a, b, accumulator)
 
 

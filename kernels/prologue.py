@@ -1,4 +1,4 @@
-"""What the kernels read instead of the codebook: centred, rounded, split, padded, with its norms."""
+"""The codebook as the kernels read it: centred, rounded, split, padded, with its norms."""
 
 from typing import NamedTuple
 

@@ -209,6 +209,4 @@ def _row_gradients_kernel(
         if grad_log_partition_pointer is not None:
             pull += grad_log_partition[:, None] * (quantized - z)
         grad_z_pointer += (head * rows + start) * DIM
-        store_rows(
-            grad_z_pointer, DIM, rows_left, 2.0 * inverse_temperature * pull, ROWS, DIM, PAD
-        )
+        store_rows(grad_z_pointer, DIM, rows_left, 2.0 * inverse_temperature * pull, ROWS, DIM, PAD)

@@ -58,7 +58,7 @@ def check(draw: Callable[[], Problem], dtype=torch.float32, names=ALL) -> None:
 
 def run(problem: Problem) -> dict[str, torch.Tensor]:
     inputs = [x.detach() for x in problem]
-    quantized, _, log_partition, entropy = streaming.soft_forward(*inputs)
+    quantized, _, log_partition, entropy, _ = streaming.soft_forward(*inputs)
     ones = torch.ones(*inputs[0].shape[:2], 1, dtype=inputs[0].dtype)
     usage = streaming.probability_sums(*inputs, ones)[..., 0] / inputs[0].shape[1]
     return dict(zip(ALL, (quantized, log_partition, entropy, usage), strict=True))
@@ -100,7 +100,7 @@ def test_an_offset_costs_no_accuracy():
     near = make(1, 130, 64, 48)
     rounded = Problem(near.z.bfloat16().float(), near.codebook.bfloat16().float(), near.temperature)
     far = Problem(rounded.z + 256.0, rounded.codebook + 256.0, rounded.temperature)
-    _, _, log_partition, entropy = streaming.soft_forward(*far)
+    _, _, log_partition, entropy, _ = streaming.soft_forward(*far)
     truth = forward(far.to(torch.float64))
     assert (log_partition - truth["log_partition"]).abs().max() < 1e-4
     assert (entropy - truth["entropy"]).abs().max() < 1e-5
