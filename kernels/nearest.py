@@ -114,13 +114,9 @@ def nearest(z: Tensor, codebook: Tensor, precision: Precision = "highest") -> Te
     if z.stride(2) != 1:
         z = z.contiguous()
     split_operands = torch.float32 in (z.dtype, codebook.dtype) and precision != "medium"
-    shape = tiles.choose(
-        "nearest",
-        torch.float16,
-        dim,
-        2 if split_operands else 1,
-        tiles.shared_memory_limit(z.device),
-    )
+    operand = torch.float32 if split_operands else torch.float16  # by its bytes
+    limit = tiles.shared_memory_limit(z.device)
+    shape = tiles.choose("nearest", operand, dim, 1, limit)
     codes = prepare_codes(codebook, z.dtype, split_operands)
     indices = z.new_empty((heads, rows), dtype=torch.int64)
     with torch.cuda.device_of(z):

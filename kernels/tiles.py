@@ -38,10 +38,18 @@ _TABLE: dict[str, dict[int, dict[int, Tile]]] = {
         2: {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(16, 64, 4, 2)},
         4: {64: Tile(32, 64, 4, 2), 128: Tile(16, 64, 4, 1), 256: Tile(16, 64, 4, 1)},
     },
+    # Operands are float16; 4 bytes stand for a high and a low part.
     "nearest": {
-        2: {64: Tile(64, 128, 4, 2), 128: Tile(64, 128, 4, 2), 256: Tile(64, 64, 4, 2)},
-        4: {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(64, 16, 4, 1)},
+        2: {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 64, 8, 2)},
+        4: {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 64, 4, 2)},
     },
+}
+# Before sm_90 both operands of a product pass through registers, which small tiles must spare.
+# Such a device is known by its shared memory.
+_HOPPER_SHARED_MEMORY = 227 * 1024
+_BEFORE_HOPPER: dict[tuple[str, int, int], Tile] = {
+    ("nearest", 4, 128): Tile(128, 32, 8, 2),
+    ("nearest", 4, 256): Tile(32, 64, 4, 2),
 }
 
 
@@ -61,6 +69,8 @@ def choose(kernel: Kernel, operand: torch.dtype, dim: int, parts: int, shared_me
     """The tile for operands of this dtype and codes of `parts` (1, or 2 with a low part)."""
     pad = padded_dim(dim)
     tile = _TABLE[kernel][operand.itemsize][max(64, pad)]
+    if shared_memory < _HOPPER_SHARED_MEMORY:
+        tile = _BEFORE_HOPPER.get((kernel, operand.itemsize, pad), tile)
     along = "rows" if kernel == "code_sweep" else "codes"  # the dimension of the loop
     while _shared_memory(kernel, tile, operand.itemsize * pad, parts) > shared_memory:
         if tile.stages > 1:
