@@ -13,9 +13,11 @@ from softvq.kernels.primitives import (
     LOG2_E,
     LOWEST,
     dot,
+    exact_best,
     load_codes,
     load_rows,
     online_softmax,
+    packed_best,
     round_to,
     split_latents,
     store_rows,
@@ -58,6 +60,7 @@ def launch(
             *(z, *prepared, temperature, *out),
             *(z.stride(0), z.stride(1), rows, codes, prepared.high.shape[1]),
             QUANTIZE=quantize,
+            PACKED=how.operand.itemsize == 2 and not how.centre,
             CENTRE=how.centre,
             SPLIT_LATENTS=how.split_latents,
             SPLIT_CODEBOOK=how.split_codebook,
@@ -91,6 +94,7 @@ def _forward_kernel(
     codes,
     padded_codes,
     QUANTIZE: tl.constexpr,
+    PACKED: tl.constexpr,
     CENTRE: tl.constexpr,
     SPLIT_LATENTS: tl.constexpr,
     SPLIT_CODEBOOK: tl.constexpr,
@@ -116,6 +120,14 @@ def _forward_kernel(
     z = load_rows(z_pointer + head * head_stride + start * row_stride, row_stride, rows_left,
                   ROWS, DIM, PAD)  # fmt: skip
     z_high, z_low = split_latents(z, mean_pointer, CENTRE, SPLIT_LATENTS, OPERAND)
+    # [ROWS, PAD], the latents as the products see them
+    z = z_high.to(tl.float32)
+    if SPLIT_LATENTS:
+        z += z_low.to(tl.float32)
+    # [ROWS]
+    squared_norm = tl.sum(z * z, 1)
+    # Packing an index needs scores below zero: −½‖z−c‖², and a little for the rounding of zero.
+    row_offset = 0.5001 * squared_norm + 1e-30
 
     maximum = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -130,22 +142,27 @@ def _forward_kernel(
         # [CODES]
         half_norm = tl.load(half_norm_pointer + first + tl.arange(0, CODES))
         # [ROWS, CODES]
-        product = dot(z_high, code.T, tl.zeros([ROWS, CODES], tl.float32))
+        if PACKED:
+            base = -half_norm[None, :] - row_offset[:, None]
+        else:
+            base = tl.zeros([ROWS, CODES], tl.float32)
+        scores = dot(z_high, code.T, base)
         if SPLIT_CODEBOOK:
             code_low = load_codes(low_pointer + first * PAD, CODES, PAD)
-            product = dot(z_high, code_low.T, product)
+            scores = dot(z_high, code_low.T, scores)
         if SPLIT_LATENTS:
-            product = dot(z_low, code.T, product)
-        scores = product - half_norm[None, :]
-
+            scores = dot(z_low, code.T, scores)
         # [ROWS]; the strict comparison keeps the lowest index of a tie
-        tile_best = tl.max(scores, 1)
-        column = tl.where(scores == tile_best[:, None], tl.arange(0, CODES)[None, :], CODES)
-        best_index = tl.where(tile_best > best, first + tl.min(column, 1), best_index)
+        if PACKED:
+            tile_best, column = packed_best(scores, ROWS, CODES)
+        else:
+            scores -= half_norm[None, :]
+            tile_best, column = exact_best(scores, CODES)
+        best_index = tl.where(tile_best > best, first + column, best_index)
         best = tl.maximum(best, tile_best)
 
         weights, factor, maximum, total, weighted = online_softmax(
-            scores, scale, maximum, total, weighted
+            scores, best * scale, scale, maximum, total, weighted
         )
         if QUANTIZE:
             sums = dot(round_to(weights, OPERAND), code, sums * factor[:, None])
@@ -153,18 +170,24 @@ def _forward_kernel(
     offsets = tl.arange(0, ROWS)
     mask = offsets < rows_left
     row = head * rows + start
-    z_rounded = z_high.to(tl.float32)
-    if SPLIT_LATENTS:
-        z_rounded += z_low.to(tl.float32)
-    squared_norm = tl.sum(z_rounded * z_rounded, 1)
+    # A row of NaN has no best code; keep its index one that can be gathered.
+    best_index = tl.minimum(best_index, codes - 1)
+    if PACKED:
+        # Packed bits err by 2⁻¹⁹ of the score; where that alone makes every weight vanish, the
+        # best code is all there is.
+        lost = total == 0.0
+        total = tl.where(lost, 1.0, total)
+        maximum += row_offset * scale
+        if QUANTIZE:
+            nearest = best_index[:, None] * PAD + tl.arange(0, PAD)[None, :]
+            nearest = tl.load(high_pointer + nearest, mask=lost[:, None], other=0.0)
+            sums += nearest.to(tl.float32)
     log_total = tl.log2(total)
     log_partition = LN_2 * (maximum + log_total) - squared_norm * inverse_temperature
     tl.store(log_partition_pointer + row + offsets, log_partition, mask=mask)
     entropy = LN_2 * (log_total - weighted / total)
     tl.store(entropy_pointer + row + offsets, entropy, mask=mask)
-    # A row of NaN has no best code; keep its index one that can be gathered.
-    best_index = tl.minimum(best_index, codes - 1).to(tl.int64)
-    tl.store(indices_pointer + row + offsets, best_index, mask=mask)
+    tl.store(indices_pointer + row + offsets, best_index.to(tl.int64), mask=mask)
     tl.store(row_state_pointer + row + offsets, maximum, mask=mask)
     heads = tl.num_programs(1).to(tl.int64)
     tl.store(row_state_pointer + heads * rows + row + offsets, 1.0 / total, mask=mask)

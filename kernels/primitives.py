@@ -100,15 +100,46 @@ def split_latents(z, mean_pointer, CENTRE: tl.constexpr, SPLIT: tl.constexpr, DT
 
 
 @triton.jit
-def online_softmax(scores, scale, maximum, total, weighted):
+def exact_best(scores, CODES: tl.constexpr):
+    """Largest of each row of scores [ROWS, CODES], and the first column that reaches it."""
+    best = tl.max(scores, 1)
+    column = tl.where(scores == best[:, None], tl.arange(0, CODES)[None, :], CODES)
+    return best, tl.min(column, 1)
+
+
+@triton.jit
+def packed_best(scores, ROWS: tl.constexpr, CODES: tl.constexpr):
+    """`exact_best` up to 2⁻¹⁹ relative, for scores below zero, in fewer instructions.
+
+    The lowest bits of a score make room for the index of its group of eight columns, and one
+    maximum finds both; of negative numbers the one with the lower index is the larger. Eight, since
+    these columns lie in the lanes of a matrix unit's result: what is left is little.
+    """
+    GROUPS: tl.constexpr = CODES // 8
+    # [ROWS, GROUPS, 8]
+    bits = tl.reshape(scores.to(tl.int32, bitcast=True), [ROWS, GROUPS, 8])
+    bits = (bits & -GROUPS) | tl.arange(0, GROUPS)[None, :, None]
+    # [ROWS, 8]
+    best_of_lane = tl.max(bits.to(tl.float32, bitcast=True), 1)
+    # [ROWS]
+    best = tl.max(best_of_lane, 1)
+    lane = tl.where(best_of_lane == best[:, None], tl.arange(0, 8)[None, :], 8)
+    bits = best.to(tl.int32, bitcast=True)
+    column = (bits & (GROUPS - 1)) * 8 + tl.min(lane, 1)
+    # Cleared bits round towards zero: no score is above this.
+    return (bits & -GROUPS).to(tl.float32, bitcast=True), column
+
+
+@triton.jit
+def online_softmax(scores, new_maximum, scale, maximum, total, weighted):
     """Fold a tile of scores into the running softmax of its rows, in base 2.
 
-    scores [ROWS, CODES], to be multiplied by `scale`. All of shape [ROWS]: `maximum` of the scaled
-    scores so far, `total` = Σ 2^(scaled − maximum), `weighted` = Σ 2^(…)·(scaled − maximum).
+    scores [ROWS, CODES], to be multiplied by `scale`. All of shape [ROWS]: the scaled `maximum`
+    before this tile and with it, `total` = Σ 2^(scaled − maximum) and
+    `weighted` = Σ 2^(scaled − maximum)·(scaled − maximum).
     Returns the tile's weights [ROWS, CODES], the factor [ROWS] that brings earlier sums to the new
     maximum, and the three updated statistics.
     """
-    new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale)
     # [ROWS, CODES]
     relative = tl.fma(scores, scale, -new_maximum[:, None])
     weights = tl.exp2(relative)
