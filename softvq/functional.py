@@ -132,6 +132,10 @@ def code_sums(z: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, T
             f"got {tuple(indices.shape)}"
         )
     rows, indices = z.reshape(-1, z.shape[-1]), indices.reshape(-1)
+    if z.is_cuda and _HAS_TRITON:
+        from softvq.kernels.code_sums import code_sums as fused_code_sums
+
+        return fused_code_sums(rows, indices, codebook_size)
     dtype = torch.promote_types(z.dtype, torch.float32)
     sums = z.new_zeros((codebook_size, z.shape[-1]), dtype=dtype)
     sums = sums.index_add(0, indices, rows.to(dtype))
