@@ -3,6 +3,10 @@ import os
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Before triton is imported: its interpreter runs the kernels on the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 torch.set_num_threads(min(2, os.cpu_count()))
 
 

@@ -37,7 +37,7 @@ def test_float64_agrees_with_the_reference():
     problem = [x.double() for x in make(2, 130, 64, 48)]
     incoming = [incoming_for(Problem(*problem))[name] for name in ALL]
     for ours, expected in (
-        (streaming.soft_forward(*problem), reference.soft_forward(*problem)),
+        (streaming.soft_forward(*problem)[:4], reference.soft_forward(*problem)[:4]),
         (
             streaming.soft_backward(*problem, *incoming, True, True, True),
             reference.soft_backward(*problem, *incoming, True, True, True),
@@ -91,7 +91,9 @@ def test_views_and_expanded_gradients():
     grad = torch.ones(()).expand(1, 60, 12)
     views = (z, codebook, base.temperature)
     plain = tuple(x.contiguous() for x in views)
-    for a, b in zip(streaming.soft_forward(*views), streaming.soft_forward(*plain), strict=True):
+    for a, b in zip(
+        streaming.soft_forward(*views)[:4], streaming.soft_forward(*plain)[:4], strict=True
+    ):
         torch.testing.assert_close(a, b)
     rest = (None, None, None, True, True, True)
     viewed = streaming.soft_backward(*views, grad, *rest)
@@ -160,4 +162,4 @@ def test_no_tensor_of_the_size_of_rows_times_codes(small_blocks):
 def test_the_same_inputs_give_the_same_bits():
     problem = make(1, 500, 130, 48)
     first, second = streaming.soft_forward(*problem), streaming.soft_forward(*problem)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first[:4], second[:4], strict=True))
