@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from softvq.kernels import code_sweep, forward, row_gradients
+from softvq.kernels.nearest import nearest as nearest
 from softvq.kernels.prologue import PreparedCodebook, arithmetic, prepare
-from softvq.kernels.streaming import nearest as nearest
 
 
 def soft_forward(
