@@ -15,6 +15,7 @@ from softvq.kernels import tiles
 from softvq.kernels.primitives import (
     LN_2,
     LOG2_E,
+    LOWEST,
     dot,
     load_codes,
     load_rows,
@@ -154,8 +155,8 @@ def _code_sweep_kernel(
         # [ROWS, PAD]
         z = load_rows(z_pointer + start * row_stride, row_stride, rows_left, ROWS, DIM, PAD)
         z_high, z_low = split_latents(z, mean_pointer, CENTRE, SPLIT_LATENTS, OPERAND)
-        # [ROWS]; past the end they are 0: finite scores, probabilities of 0
-        maximum = tl.load(row_state_pointer + row, mask=mask, other=0.0)
+        # [ROWS]; past the end every weight is 0, and finite the score it is multiplied with
+        maximum = tl.load(row_state_pointer + row, mask=mask, other=-LOWEST)
         inverse_total = tl.load(row_state_pointer + heads * rows + row, mask=mask, other=0.0)
         # [CODES, ROWS]
         product = dot(code, z_high.T, tl.zeros([CODES, ROWS], tl.float32))

@@ -60,7 +60,8 @@ def launch(
             *(z, *prepared, temperature, *out),
             *(z.stride(0), z.stride(1), rows, codes, prepared.high.shape[1]),
             QUANTIZE=quantize,
-            PACKED=how.operand.itemsize == 2 and not how.centre,
+            # Wider rows leave no registers for it, and their products take longer anyway.
+            PACKED=how.operand.itemsize == 2 and not how.centre and dim <= 128,
             CENTRE=how.centre,
             SPLIT_LATENTS=how.split_latents,
             SPLIT_CODEBOOK=how.split_codebook,
@@ -175,13 +176,13 @@ def _forward_kernel(
     if PACKED:
         # Packed bits err by 2⁻¹⁹ of the score; where that alone makes every weight vanish, the
         # best code is all there is.
-        lost = total == 0.0
+        lost = total < 1e-30
         total = tl.where(lost, 1.0, total)
         maximum += row_offset * scale
         if QUANTIZE:
             nearest = best_index[:, None] * PAD + tl.arange(0, PAD)[None, :]
             nearest = tl.load(high_pointer + nearest, mask=lost[:, None], other=0.0)
-            sums += nearest.to(tl.float32)
+            sums = tl.where(lost[:, None], nearest.to(tl.float32), sums)
     log_total = tl.log2(total)
     log_partition = LN_2 * (maximum + log_total) - squared_norm * inverse_temperature
     tl.store(log_partition_pointer + row + offsets, log_partition, mask=mask)

@@ -13,6 +13,7 @@ from softvq.kernels import tiles
 from softvq.kernels.primitives import (
     LN_2,
     LOG2_E,
+    LOWEST,
     dot,
     load_codes,
     load_rows,
@@ -125,8 +126,8 @@ def _row_gradients_kernel(
                   ROWS, DIM, PAD)  # fmt: skip
     z_high, z_low = split_latents(z, mean_pointer, CENTRE, SPLIT_LATENTS, OPERAND)
     quantized_pointer += head * quantized_head_stride + start * quantized_row_stride
-    # [ROWS]; past the end they are 0: finite scores, weights that count nothing
-    maximum = tl.load(row_state_pointer + row, mask=mask, other=0.0)
+    # [ROWS]; past the end every weight is 0, and finite the score it is multiplied with
+    maximum = tl.load(row_state_pointer + row, mask=mask, other=-LOWEST)
     heads = tl.num_programs(1).to(tl.int64)
     inverse_total = tl.load(row_state_pointer + heads * rows + row, mask=mask, other=0.0)
     delta = tl.zeros([ROWS], tl.float32)

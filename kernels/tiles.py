@@ -27,15 +27,15 @@ class Tile(NamedTuple):
 # By the bytes of an operand (2: 16-bit parts, 4: float32 in three tf32 products), then by padded D.
 _TABLE: dict[str, dict[int, dict[int, Tile]]] = {
     "forward": {
-        2: {64: Tile(64, 128, 4, 2), 128: Tile(64, 128, 4, 2), 256: Tile(64, 64, 4, 2)},
-        4: {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(64, 16, 4, 1)},
+        2: {64: Tile(64, 128, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 64, 4, 2)},
+        4: {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(64, 16, 4, 1)},
     },
     "row_gradients": {
-        2: {64: Tile(64, 128, 4, 2), 128: Tile(64, 128, 4, 2), 256: Tile(128, 64, 8, 2)},
-        4: {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 1), 256: Tile(64, 16, 4, 1)},
+        2: {64: Tile(64, 128, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(128, 64, 8, 2)},
+        4: {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 1), 256: Tile(64, 16, 4, 1)},
     },
     "code_sweep": {
-        2: {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(16, 64, 4, 2)},
+        2: {64: Tile(128, 128, 8, 2), 128: Tile(64, 64, 4, 2), 256: Tile(16, 64, 4, 2)},
         4: {64: Tile(32, 64, 4, 2), 128: Tile(16, 64, 4, 1), 256: Tile(16, 64, 4, 1)},
     },
     # Operands are float16; 4 bytes stand for a high and a low part.

@@ -21,7 +21,8 @@ from softvq.kernels import code_sweep, fused, operators, streaming, tiles
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 draw = partial(make, device=DEVICE)
 check_fused = partial(check, fused, draws=2)
-interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="checks every loop in small tiles")
+# The packed index costs p a relative error of eps·‖z‖²/T, which usage, float32, can show.
+check_16_bit = partial(check_fused, usage_floor=10.0)
 
 SHAPES = [  # heads, rows, codes, D
     (1, 1, 1, 1),
@@ -48,17 +49,14 @@ def test_shapes_and_temperatures(shape, temperature):
 
 def test_small_tiles(small_tiles):
     check_fused(lambda: draw(2, 130, 130, 20))
-    check_fused(lambda: draw(1, 70, 70, 20).to(torch.bfloat16), None, matmul=in_bfloat16)
-
-
-in_bfloat16 = matmul_in(torch.bfloat16)
+    check_16_bit(lambda: draw(1, 70, 70, 20), torch.bfloat16, matmul=matmul_in(torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 67, 67, 5), (2, 130, 130, 48)], ids=str)
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 100.0])
 def test_16_bit_inputs(dtype, shape, temperature):
-    check_fused(lambda: draw(*shape, temperature=temperature), dtype, matmul=matmul_in(dtype))
+    check_16_bit(lambda: draw(*shape, temperature=temperature), dtype, matmul=matmul_in(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -67,7 +65,7 @@ def test_16_bit_latents_with_a_float32_codebook(dtype):
         problem = draw(2, 67, 130, 20, temperature=0.5)
         return Problem(problem.z.to(dtype), problem.codebook, problem.temperature)
 
-    check_fused(mixed, None, matmul=matmul_in(dtype))
+    check_16_bit(mixed, None, matmul=matmul_in(dtype))
 
 
 # Largest error relative to the largest true value (D = 48, T = 1): what the scores lose is about
@@ -154,7 +152,7 @@ def test_tiny_temperature_is_the_nearest_code(dtype):
     torch.testing.assert_close(quantized[0], problem.codebook[0, indices[0]])
     expected = -distance.amin(-1).square() / problem.temperature
     torch.testing.assert_close(log_partition.double(), expected, rtol=1e-4, atol=0)
-    assert entropy.abs().max() == 0
+    assert entropy.abs().max() < 1e-5
 
 
 def test_a_row_of_nan_spoils_no_other():
