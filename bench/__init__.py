@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench op`."""
+"""Benchmarks: `python -m bench compile` and `python -m bench op`."""

@@ -23,18 +23,20 @@ class SoftQuantize(torch.autograd.Function):
         temperature: Tensor,
         straight_through: bool,
         detach_probabilities: bool,
+        precision: str,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        quantized, indices, log_partition, entropy = operators.soft_forward(
-            z, codebook, temperature, backend
+        quantized, indices, log_partition, entropy, row_state = operators.soft_forward(
+            z, codebook, temperature, precision, backend
         )
+        saved = (quantized, row_state) if backend == "triton" else (None, None)
         if straight_through:
             dim = codebook.shape[2]
             rows = indices[..., None].expand(-1, -1, dim)
             quantized = codebook.gather(1, rows).to(z.dtype)
-        ctx.save_for_backward(z, codebook, temperature)
+        ctx.save_for_backward(z, codebook, temperature, *saved)
         ctx.detach_probabilities = detach_probabilities
-        ctx.backend = backend
+        ctx.precision, ctx.backend = precision, backend
         ctx.set_materialize_grads(False)
         if detach_probabilities:
             ctx.mark_non_differentiable(indices, log_partition, entropy)
@@ -52,33 +54,37 @@ class SoftQuantize(torch.autograd.Function):
         grad_entropy: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         """Gradients of z, codebook and temperature; None for what nobody asked for."""
-        z, codebook, temperature = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        if ctx.detach_probabilities:
-            if not needs[1]:
-                return None, None, None, None, None, None
-            grad_codebook = operators.probability_sums(
-                z, codebook, temperature, grad_quantized, ctx.backend
-            ).to(codebook.dtype)
-            return None, grad_codebook, None, None, None, None
-        grads = operators.soft_backward(
-            *(z, codebook, temperature),
-            *(grad_quantized, grad_log_partition, grad_entropy, None),
-            *needs,
-            ctx.backend,
-        )
-        return *_only_needed(grads, needs), None, None, None
+        *inputs, quantized, row_state = ctx.saved_tensors
+        needs, how = ctx.needs_input_grad[:3], (ctx.precision, ctx.backend)
+        if not ctx.detach_probabilities:
+            grads = operators.soft_backward(
+                *inputs,
+                *(grad_quantized, grad_log_partition, grad_entropy, None),
+                *(*needs, quantized, row_state, *how),
+            )
+            return *_only_needed(grads, needs), None, None, None, None
+        grad_codebook = None
+        if needs[1]:
+            sums = operators.probability_sums(*inputs, grad_quantized, row_state, *how)
+            grad_codebook = sums.to(inputs[1].dtype)
+        return None, grad_codebook, None, None, None, None, None
 
 
 class CodeUsage(torch.autograd.Function):
     """(z (H, N, D), codebook (H, K, D), temperature ()) → mean probability of each code (H, K)."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, codebook: Tensor, temperature: Tensor, backend: str) -> Tensor:
-        ones = z.new_ones((*z.shape[:2], 1))
-        sums = operators.probability_sums(z, codebook, temperature, ones, backend)
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        codebook: Tensor,
+        temperature: Tensor,
+        precision: str,
+        backend: str,
+    ) -> Tensor:
+        sums = operators.probability_sums(z, codebook, temperature, None, None, precision, backend)
         ctx.save_for_backward(z, codebook, temperature)
-        ctx.backend = backend
+        ctx.precision, ctx.backend = precision, backend
         return sums[..., 0] / z.shape[1]
 
     @staticmethod
@@ -86,8 +92,10 @@ class CodeUsage(torch.autograd.Function):
     def backward(ctx: Any, grad_usage: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of z, codebook and temperature; None for what nobody asked for."""
         inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
-        grads = operators.soft_backward(*inputs, None, None, None, grad_usage, *needs, ctx.backend)
-        return *_only_needed(grads, needs), None
+        incoming = (None, None, None, grad_usage)
+        rest = (*needs, None, None, ctx.precision, ctx.backend)
+        grads = operators.soft_backward(*inputs, *incoming, *rest)
+        return *_only_needed(grads, needs), None, None
 
 
 def _only_needed(grads, needs):

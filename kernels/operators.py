@@ -1,18 +1,23 @@
 """The operators as PyTorch sees them: registered once, dispatched to a backend by name.
 
 Registration makes each call one opaque node for torch.compile and for autocast. All of them take
-latents (H, N, D), a codebook (H, K, D) and a temperature ().
+latents (H, N, D), a codebook (H, K, D) and a temperature (); where a backend has nothing to return,
+an empty tensor comes back. `precision` is "highest", "high" or "medium".
 """
 
-from types import ModuleType
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
-from softvq.kernels import reference, streaming
 from softvq.kernels.dtypes import accumulation_dtype
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "streaming": streaming}
+# Modules by name: the fused one is imported at its first call, for it needs triton.
+BACKENDS = {
+    "reference": "softvq.kernels.reference",
+    "streaming": "softvq.kernels.streaming",
+    "triton": "softvq.kernels.fused",
+}
 
 _library = torch.library.Library("softvq", "DEF")
 _INPUTS = "Tensor z, Tensor codebook, Tensor temperature"
@@ -27,7 +32,8 @@ def _register(signature: str, fake) -> None:
         *inputs, backend = args
         # The backend chooses its own precision; autocast would lower its matrix products.
         with torch.autocast(args[0].device.type, enabled=False):
-            return _promised(getattr(BACKENDS[backend], name)(*inputs), like=inputs[0])
+            function = getattr(import_module(BACKENDS[backend]), name)
+            return _promised(function(*inputs), like=inputs[0])
 
     _library.impl(name, call, "CompositeExplicitAutograd")
     torch.library.register_fake(f"softvq::{name}", fake, lib=_library)
@@ -40,14 +46,15 @@ def _promised(outputs, like: Tensor):
     return tuple(like.new_empty(0) if x is None else x.contiguous() for x in outputs)
 
 
-def _fake_soft_forward(z, codebook, temperature, backend):
+def _fake_soft_forward(z, codebook, temperature, precision, backend):
     row = z.new_empty(z.shape[:2], dtype=accumulation_dtype(z, codebook))
     indices = z.new_empty(z.shape[:2], dtype=torch.int64)
-    return z.new_empty(z.shape), indices, row, torch.empty_like(row)
+    row_state = row.new_empty((2, *z.shape[:2])) if backend == "triton" else z.new_empty(0)
+    return z.new_empty(z.shape), indices, row, torch.empty_like(row), row_state
 
 
 def _fake_soft_backward(z, codebook, temperature, *args):
-    *_, needs_z, needs_codebook, needs_temperature, _ = args
+    needs_z, needs_codebook, needs_temperature = args[4:7]
     dtype = accumulation_dtype(z, codebook)
     return (
         z.new_empty(z.shape) if needs_z else z.new_empty(0),
@@ -56,8 +63,8 @@ def _fake_soft_backward(z, codebook, temperature, *args):
     )
 
 
-def _fake_probability_sums(z, codebook, temperature, values, backend):
-    shape = (*codebook.shape[:2], values.shape[2])
+def _fake_probability_sums(z, codebook, temperature, values, *args):
+    shape = (*codebook.shape[:2], 1 if values is None else values.shape[2])
     return z.new_empty(shape, dtype=accumulation_dtype(z, codebook))
 
 
@@ -66,17 +73,21 @@ def _fake_nearest(z, codebook, backend):
 
 
 _register(
-    f"soft_forward({_INPUTS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"soft_forward({_INPUTS}, str precision, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_soft_forward,
 )
 _register(
     f"soft_backward({_INPUTS}, Tensor? grad_quantized, Tensor? grad_log_partition, "
     "Tensor? grad_entropy, Tensor? grad_usage, bool needs_z, bool needs_codebook, "
-    "bool needs_temperature, str backend) -> (Tensor, Tensor, Tensor)",
+    "bool needs_temperature, Tensor? quantized, Tensor? row_state, str precision, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
     _fake_soft_backward,
 )
 _register(
-    f"probability_sums({_INPUTS}, Tensor values, str backend) -> Tensor", _fake_probability_sums
+    f"probability_sums({_INPUTS}, Tensor? values, Tensor? row_state, str precision, str backend) "
+    "-> Tensor",
+    _fake_probability_sums,
 )
 _register("nearest(Tensor z, Tensor codebook, str backend) -> Tensor", _fake_nearest)
 

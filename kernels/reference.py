@@ -41,16 +41,19 @@ def scores(z: Tensor, codebook: Tensor, temperature: Tensor) -> Tensor:
 
 
 def soft_forward(
-    z: Tensor, codebook: Tensor, temperature: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Quantized (H, N, D), indices (H, N), log-partition (H, N) and entropy (H, N)."""
+    z: Tensor, codebook: Tensor, temperature: Tensor, precision: str = "highest"
+) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    """Quantized (H, N, D), indices (H, N), log-partition (H, N), entropy (H, N), nothing to save.
+
+    `precision` is for other backends: this one always computes in the accumulation dtype.
+    """
     s = scores(z, codebook, temperature)
     log_partition = s.logsumexp(-1)
     log_p = s - log_partition[..., None]
     p = log_p.exp()
     quantized = p @ codebook.to(p.dtype)
     entropy = -(p * log_p).sum(-1)
-    return quantized.to(z.dtype), s.argmax(-1), log_partition, entropy
+    return quantized.to(z.dtype), s.argmax(-1), log_partition, entropy, None
 
 
 def soft_backward(
@@ -64,10 +67,14 @@ def soft_backward(
     needs_z: bool,
     needs_codebook: bool,
     needs_temperature: bool,
+    quantized: Tensor | None = None,
+    row_state: Tensor | None = None,
+    precision: str = "highest",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of z (H, N, D), codebook (H, K, D) and temperature () for the gradients given.
 
-    A missing incoming gradient is zero; an outgoing one that is not needed is None.
+    A missing incoming gradient is zero; an outgoing one that is not needed is None. `quantized` and
+    `row_state`, the forward's, are for backends that reuse them.
     """
     s = scores(z, codebook, temperature)
     centred_z, centred_codebook, _ = centre(z, codebook)
@@ -102,10 +109,17 @@ def soft_backward(
     return grad_z, grad_codebook, grad_temperature
 
 
-def probability_sums(z: Tensor, codebook: Tensor, temperature: Tensor, values: Tensor) -> Tensor:
-    """Σ_n p_nk values_n, (H, K, V), for values (H, N, V)."""
+def probability_sums(
+    z: Tensor,
+    codebook: Tensor,
+    temperature: Tensor,
+    values: Tensor | None,
+    row_state: Tensor | None = None,
+    precision: str = "highest",
+) -> Tensor:
+    """Σ_n p_nk values_n, (H, K, V) for values (H, N, V); Σ_n p_nk, (H, K, 1), for None."""
     p = scores(z, codebook, temperature).softmax(-1)
-    return p.mT @ values.to(p.dtype)
+    return p.sum(1)[..., None] if values is None else p.mT @ values.to(p.dtype)
 
 
 def nearest(z: Tensor, codebook: Tensor) -> Tensor:

@@ -106,9 +106,12 @@ def blocks(rows: int, codes: int) -> Iterator[slice]:
 
 
 def soft_forward(
-    z: Tensor, codebook: Tensor, temperature: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Quantized (H, N, D), indices (H, N), log-partition (H, N) and entropy (H, N)."""
+    z: Tensor, codebook: Tensor, temperature: Tensor, precision: str = "highest"
+) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    """Quantized (H, N, D), indices (H, N), log-partition (H, N), entropy (H, N), nothing to save.
+
+    `precision` is for other backends: this one always computes in the accumulation dtype.
+    """
     heads, rows, _ = z.shape
     codes = codebook.shape[1]
     dtype = accumulation_dtype(z, codebook)
@@ -130,7 +133,7 @@ def soft_forward(
             indices[h, block] = softmax.indices
             log_partition[h, block] = softmax.best_score(latents) + total.log()
             entropy[h, block] = total.log() - softmax.mean_score(softmax.weights) / total
-    return quantized, indices, log_partition, entropy
+    return quantized, indices, log_partition, entropy, None
 
 
 def soft_backward(
@@ -144,10 +147,14 @@ def soft_backward(
     needs_z: bool,
     needs_codebook: bool,
     needs_temperature: bool,
+    quantized: Tensor | None = None,
+    row_state: Tensor | None = None,
+    precision: str = "highest",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of z (H, N, D), codebook (H, K, D) and temperature () for the gradients given.
 
-    A missing incoming gradient is zero; an outgoing one that is not needed is None. The names are
+    A missing incoming gradient is zero; an outgoing one that is not needed is None. `quantized` and
+    `row_state`, the forward's, are for backends that reuse them. The names are
     those of README.md; log p is replaced by the score relative to the row's best one, since a row's
     constant drops out everywhere.
     """
@@ -208,12 +215,21 @@ def soft_backward(
     return grad_z, grad_codebook, grad_temperature
 
 
-def probability_sums(z: Tensor, codebook: Tensor, temperature: Tensor, values: Tensor) -> Tensor:
-    """Σ_n p_nk values_n, (H, K, V), for values (H, N, V)."""
+def probability_sums(
+    z: Tensor,
+    codebook: Tensor,
+    temperature: Tensor,
+    values: Tensor | None,
+    row_state: Tensor | None = None,
+    precision: str = "highest",
+) -> Tensor:
+    """Σ_n p_nk values_n, (H, K, V) for values (H, N, V); Σ_n p_nk, (H, K, 1), for None."""
     heads, rows, _ = z.shape
     codes = codebook.shape[1]
     dtype = accumulation_dtype(z, codebook)
     temperature = temperature.to(dtype)
+    if values is None:
+        values = z.new_ones((), dtype=dtype).expand(heads, rows, 1)
     sums = z.new_zeros((heads, codes, values.shape[2]), dtype=dtype)
     for h in range(heads):
         softmax = BlockSoftmax(codebook[h], dtype, temperature, rows_per_block(rows, codes))

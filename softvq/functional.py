@@ -1,6 +1,8 @@
 """The public operators: validation, layout and the choice of a backend around `softvq.kernels`."""
 
+import importlib.util
 import math
+import os
 from typing import Literal, NamedTuple
 
 import torch
@@ -9,8 +11,11 @@ from torch import Tensor
 from softvq.kernels import autograd, operators, reference
 
 Estimator = Literal["soft", "straight_through"]
-Backend = Literal["auto", "streaming", "reference"]
+Backend = Literal["auto", "triton", "streaming", "reference"]
 Precision = Literal["highest", "high", "medium"]
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_MAX_FUSED_DIM = 256  # beyond it a row's sums no longer fit one program
 
 
 class SoftQuantized(NamedTuple):
@@ -44,11 +49,15 @@ def soft_quantize(
             of the soft one.
         detach_probabilities: treat the probabilities as constants: only the codebook receives a
             gradient, Pᵀ·dq, and log_partition and entropy receive none (the original Soft VQ-VAE).
-        backend: "auto", "streaming" (no N×K matrix, any device) or "reference" (N×K matrices, for
-            checking). Both differentiate z, codebook and temperature by hand-written formulas.
-        precision: how a GPU kernel may multiply float32, in the words of
-            `torch.set_float32_matmul_precision`, which None follows. The PyTorch backends
-            multiply in full float32 whatever it says, at the device's own matmul settings.
+        backend: "triton" (fused kernels on a GPU; float64 is refused, and D > 256 streams),
+            "streaming" (plain PyTorch, any device, no N×K matrix either), "reference" (N×K
+            matrices, for checking), or "auto": "triton" for CUDA tensors it can take, otherwise
+            "streaming". All differentiate z, codebook and temperature by hand-written formulas.
+        precision: how the Triton kernels may multiply float32 latents, in the words of
+            `torch.set_float32_matmul_precision`, which None follows: "highest" is as accurate as
+            float32 products, "high" only in the scores (the rest has bfloat16 operands), "medium"
+            has bfloat16 operands throughout. The PyTorch backends multiply in full float32
+            whatever it says, at the device's own matmul settings.
 
     Raises:
         TypeError: a tensor that is not floating point.
@@ -57,8 +66,9 @@ def soft_quantize(
     The derivation stands in kernels/README.md.
     """
     _one_of("estimator", estimator, Estimator)
-    if precision is not None:
-        _one_of("precision", precision, Precision)
+    if precision is None:
+        precision = torch.get_float32_matmul_precision()
+    _one_of("precision", precision, Precision)
     z_heads, codebook_heads, temperature, backend = _prepare(z, codebook, temperature, backend)
     outputs = autograd.SoftQuantize.apply(
         z_heads,
@@ -66,6 +76,7 @@ def soft_quantize(
         temperature,
         estimator == "straight_through",
         detach_probabilities,
+        precision,
         backend,
     )
     return SoftQuantized(*(_as_rows(output, z, codebook) for output in outputs))
@@ -79,7 +90,8 @@ def code_usage(
     Arguments and errors as in `soft_quantize`; a batch without rows has no mean and gives NaN.
     """
     z_heads, codebook_heads, temperature, backend = _prepare(z, codebook, temperature, backend)
-    usage = autograd.CodeUsage.apply(z_heads, codebook_heads, temperature, backend)
+    precision = torch.get_float32_matmul_precision()
+    usage = autograd.CodeUsage.apply(z_heads, codebook_heads, temperature, precision, backend)
     return usage if codebook.dim() == 3 else usage[0]
 
 
@@ -120,6 +132,10 @@ def code_sums(z: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, T
             f"got {tuple(indices.shape)}"
         )
     rows, indices = z.reshape(-1, z.shape[-1]), indices.reshape(-1)
+    if z.is_cuda and _HAS_TRITON:
+        from softvq.kernels.code_sums import code_sums as fused_code_sums
+
+        return fused_code_sums(rows, indices, codebook_size)
     dtype = torch.promote_types(z.dtype, torch.float32)
     sums = z.new_zeros((codebook_size, z.shape[-1]), dtype=dtype)
     sums = sums.index_add(0, indices, rows.to(dtype))
@@ -146,7 +162,7 @@ def _prepare(
     if z.device != codebook.device:
         raise ValueError(f"z is on {z.device} and codebook on {codebook.device}; use one device")
     temperature = _temperature_tensor(temperature, z)
-    backend = "streaming" if backend == "auto" else backend
+    backend = _choose_backend(z, codebook, backend)
 
     if codebook.dim() == 2:
         return z.reshape(1, -1, z.shape[-1]), codebook[None], temperature, backend
@@ -156,6 +172,24 @@ def _prepare(
             f"got {tuple(z.shape)}"
         )
     return z.reshape(-1, *z.shape[-2:]).transpose(0, 1), codebook, temperature, backend
+
+
+def _choose_backend(z: Tensor, codebook: Tensor, backend: str) -> str:
+    has_float64 = torch.float64 in (z.dtype, codebook.dtype)
+    if backend == "auto":
+        backend = "triton" if _HAS_TRITON and z.is_cuda and not has_float64 else "streaming"
+    if backend != "triton":
+        return backend
+    if has_float64:
+        raise ValueError("backend 'triton' has no float64; use 'auto', 'streaming' or 'reference'")
+    if not _HAS_TRITON:
+        raise ValueError("backend 'triton' needs the package triton")
+    if not z.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend 'triton' needs CUDA tensors, got {z.device}; "
+            "with TRITON_INTERPRET=1 in the environment it interprets them, slowly"
+        )
+    return "triton" if z.shape[-1] <= _MAX_FUSED_DIM else "streaming"
 
 
 def _temperature_tensor(temperature: float | Tensor, z: Tensor) -> Tensor:

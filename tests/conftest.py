@@ -1,8 +1,14 @@
+import os
+
 import pytest
 import torch
 
 from softvq.training.config import TrainConfig
 from softvq.training.trainer import train
+
+if not torch.cuda.is_available():
+    # Before triton is imported: its interpreter runs the kernels on the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

@@ -201,12 +201,27 @@ def test_registered_operators_pass_opcheck(backend):
     temperature = torch.tensor(0.7)
     g, row = torch.randn_like(z), torch.randn(2, 6)
     for operator, arguments in (
-        (operators.soft_forward, (z, codebook, temperature, backend)),
+        (operators.soft_forward, (z, codebook, temperature, "highest", backend)),
         (
             operators.soft_backward,
-            (z, codebook, temperature, g, row, None, None, True, True, False, backend),
+            (
+                z,
+                codebook,
+                temperature,
+                g,
+                row,
+                None,
+                None,
+                True,
+                True,
+                False,
+                None,
+                None,
+                "highest",
+                backend,
+            ),
         ),
-        (operators.probability_sums, (z, codebook, temperature, g, backend)),
+        (operators.probability_sums, (z, codebook, temperature, g, None, "highest", backend)),
         (operators.nearest, (z, codebook, backend)),
     ):
         torch.library.opcheck(operator, arguments)

@@ -15,25 +15,29 @@ class Problem(NamedTuple):
         return Problem(*(x.detach().to(dtype).requires_grad_() for x in self))
 
 
-def forward(problem: Problem) -> dict[str, Tensor]:
+def forward(problem: Problem, matmul=torch.matmul) -> dict[str, Tensor]:
     z, codebook, temperature = problem
     distance = (
-        z.square().sum(-1)[..., None] - 2 * z @ codebook.mT + codebook.square().sum(-1)[:, None, :]
+        z.square().sum(-1)[..., None]
+        - 2 * matmul(z, codebook.mT)
+        + codebook.square().sum(-1)[:, None, :]
     )
     s = -distance / temperature
     log_p = s.log_softmax(-1)
     p = log_p.exp()
     return {
-        "quantized": p @ codebook,
+        "quantized": matmul(p, codebook),
         "log_partition": s.logsumexp(-1),
         "entropy": -(p * log_p).sum(-1),
         "usage": p.mean(1),
     }
 
 
-def gradients(problem: Problem, incoming: dict[str, Tensor]) -> dict[str, Tensor]:
+def gradients(
+    problem: Problem, incoming: dict[str, Tensor], matmul=torch.matmul
+) -> dict[str, Tensor]:
     """Gradients of the inputs for the incoming gradients, named as the outputs of `forward`."""
-    outputs = forward(problem)
+    outputs = forward(problem, matmul)
     names = list(incoming)
     grads = torch.autograd.grad(
         [outputs[name] for name in names],
@@ -43,6 +47,25 @@ def gradients(problem: Problem, incoming: dict[str, Tensor]) -> dict[str, Tensor
         materialize_grads=True,
     )
     return dict(zip(("z", "codebook", "temperature"), grads, strict=True))
+
+
+def matmul_in(dtype: torch.dtype):
+    """A matrix product whose operands, gradients too, are rounded to `dtype`; float32 sums."""
+
+    class Matmul(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a, b):
+            a, b = a.to(dtype).float(), b.to(dtype).float()
+            ctx.save_for_backward(a, b)
+            return a @ b
+
+        @staticmethod
+        def backward(ctx, grad):
+            a, b = ctx.saved_tensors
+            grad = grad.to(dtype).float()
+            return grad @ b.mT, a.mT @ grad
+
+    return Matmul.apply
 
 
 class Errors:

@@ -1,16 +1,15 @@
 """The streaming backend against float64 truth, measured beside plain PyTorch in the same dtype."""
 
 import itertools
-from collections.abc import Callable
 
 import pytest
 import torch
-from naive import Errors, Problem, forward, gradients
+from checks import ALL, check, incoming_for, make, near_ties
+from naive import Problem, forward
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from softvq.kernels import reference, streaming
 
-ALL = ("quantized", "log_partition", "entropy", "usage")
 SHAPES = [
     (1, 1, 1, 1),
     (6, 1, 130, 5),
@@ -22,65 +21,23 @@ SHAPES = [
 ]
 
 
-def make(heads, rows, codes, dim, temperature=1.0, offset=0.0) -> Problem:
-    return Problem(
-        torch.randn(heads, rows, dim) + offset,
-        torch.randn(heads, codes, dim) + offset,
-        torch.tensor(temperature),
-    )
-
-
-def incoming_for(problem: Problem) -> dict[str, torch.Tensor]:
-    return {name: torch.randn_like(output) for name, output in forward(problem).items()}
-
-
-def check(draw: Callable[[], Problem], dtype=torch.float32, names=ALL) -> None:
-    """Outputs within 2× and gradients within 3× plain float32 PyTorch's own error, over draws."""
-    errors = {name: Errors() for name in (*ALL, "grad z", "grad codebook", "grad temperature")}
-    errors["entropy"].floor = 1.0
-    for _ in range(8):
-        given = draw().to(dtype)  # the rounded inputs are the problem
-        plain_inputs, true_inputs = given.to(torch.float32), given.to(torch.float64)
-        plain, truth = forward(plain_inputs), forward(true_inputs)
-        incoming = {name: torch.randn_like(plain[name]).to(dtype) for name in names}
-
-        outputs = run(given)
-        for name in ALL:
-            errors[name].add(outputs[name], plain[name], truth[name])
-        inputs = [x.detach() for x in given]
-        grads = streaming.soft_backward(*inputs, *(incoming.get(n) for n in ALL), True, True, True)
-        plain, truth = gradients(plain_inputs, incoming), gradients(true_inputs, incoming)
-        for name, grad in zip(("z", "codebook", "temperature"), grads, strict=True):
-            errors[f"grad {name}"].add(grad, plain[name], truth[name])
-    for name, error in errors.items():
-        error.assert_no_worse(3 if name.startswith("grad") else 2, name)
-
-
-def run(problem: Problem) -> dict[str, torch.Tensor]:
-    inputs = [x.detach() for x in problem]
-    quantized, _, log_partition, entropy = streaming.soft_forward(*inputs)
-    ones = torch.ones(*inputs[0].shape[:2], 1, dtype=inputs[0].dtype)
-    usage = streaming.probability_sums(*inputs, ones)[..., 0] / inputs[0].shape[1]
-    return dict(zip(ALL, (quantized, log_partition, entropy, usage), strict=True))
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("temperature", [1e-3, 0.1, 1.0, 100.0])
 def test_shapes_and_temperatures(shape, temperature):
-    check(lambda: make(*shape, temperature=temperature))
+    check(streaming, lambda: make(*shape, temperature=temperature))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(1, 67, 67, 5), (2, 130, 64, 48)], ids=str)
 def test_dtypes(dtype, shape):
-    check(lambda: make(*shape), dtype)
+    check(streaming, lambda: make(*shape), dtype)
 
 
 def test_float64_agrees_with_the_reference():
     problem = [x.double() for x in make(2, 130, 64, 48)]
     incoming = [incoming_for(Problem(*problem))[name] for name in ALL]
     for ours, expected in (
-        (streaming.soft_forward(*problem), reference.soft_forward(*problem)),
+        (streaming.soft_forward(*problem)[:4], reference.soft_forward(*problem)[:4]),
         (
             streaming.soft_backward(*problem, *incoming, True, True, True),
             reference.soft_backward(*problem, *incoming, True, True, True),
@@ -92,7 +49,7 @@ def test_float64_agrees_with_the_reference():
 
 @pytest.mark.parametrize("offset", [10.0, 1e4])
 def test_latents_far_from_zero(offset):
-    check(lambda: make(1, 130, 67, 48, offset=offset))
+    check(streaming, lambda: make(1, 130, 67, 48, offset=offset))
 
 
 def test_an_offset_costs_no_accuracy():
@@ -100,20 +57,14 @@ def test_an_offset_costs_no_accuracy():
     near = make(1, 130, 64, 48)
     rounded = Problem(near.z.bfloat16().float(), near.codebook.bfloat16().float(), near.temperature)
     far = Problem(rounded.z + 256.0, rounded.codebook + 256.0, rounded.temperature)
-    _, _, log_partition, entropy = streaming.soft_forward(*far)
+    _, _, log_partition, entropy, _ = streaming.soft_forward(*far)
     truth = forward(far.to(torch.float64))
     assert (log_partition - truth["log_partition"]).abs().max() < 1e-4
     assert (entropy - truth["entropy"]).abs().max() < 1e-5
 
 
 def test_near_ties():
-    def draw() -> Problem:
-        problem = make(1, 64, 32, 16, temperature=0.01)
-        codebook = problem.codebook
-        codebook[:, 16:] = codebook[:, :16] * (1 + 1e-6)
-        return Problem(codebook[:, :16].repeat(1, 4, 1) + 1e-3, codebook, problem.temperature)
-
-    check(draw)
+    check(streaming, near_ties)
 
 
 COMBINATIONS = [c for n in range(1, 5) for c in itertools.combinations(ALL, n)]
@@ -121,7 +72,7 @@ COMBINATIONS = [c for n in range(1, 5) for c in itertools.combinations(ALL, n)]
 
 @pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
 def test_every_combination_of_incoming_gradients(names):
-    check(lambda: make(2, 67, 48, 5, temperature=0.3), names=names)
+    check(streaming, lambda: make(2, 67, 48, 5, temperature=0.3), names=names)
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)))
@@ -140,7 +91,9 @@ def test_views_and_expanded_gradients():
     grad = torch.ones(()).expand(1, 60, 12)
     views = (z, codebook, base.temperature)
     plain = tuple(x.contiguous() for x in views)
-    for a, b in zip(streaming.soft_forward(*views), streaming.soft_forward(*plain), strict=True):
+    for a, b in zip(
+        streaming.soft_forward(*views)[:4], streaming.soft_forward(*plain)[:4], strict=True
+    ):
         torch.testing.assert_close(a, b)
     rest = (None, None, None, True, True, True)
     viewed = streaming.soft_backward(*views, grad, *rest)
@@ -155,7 +108,7 @@ def small_blocks(monkeypatch):
 
 def test_blocks_join_to_the_same_result(small_blocks):
     assert streaming.rows_per_block(500, 100) == 40
-    check(lambda: make(2, 500, 100, 20))
+    check(streaming, lambda: make(2, 500, 100, 20))
 
 
 @pytest.mark.parametrize("codes", [1, 48, 64, 100, 128, 1000, 4096])
@@ -209,4 +162,4 @@ def test_no_tensor_of_the_size_of_rows_times_codes(small_blocks):
 def test_the_same_inputs_give_the_same_bits():
     problem = make(1, 500, 130, 48)
     first, second = streaming.soft_forward(*problem), streaming.soft_forward(*problem)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first[:4], second[:4], strict=True))

@@ -1,0 +1,83 @@
+"""What a compiled kernel is made of, read from its machine code: no GPU needed.
+
+Instructions per (row, code) pair. The inner loop is the innermost loop of the machine code that
+holds tensor-core instructions: the shortest stretch from a target of a backward branch to that
+branch that contains one. Every instruction in it counts once, whatever its price, predicated or
+not: an iteration issues each of them once per warp. A warp's instruction serves 32 threads, and
+an iteration handles rows × codes pairs of the tile, so that
+
+    instructions per pair = instructions in the loop · warps · 32 / (rows · codes)
+
+counts thread instructions. A multiprocessor issues 128 of them per clock, hence 1 instruction per
+pair is 1 clock per 128 pairs.
+"""
+
+import re
+import subprocess
+import tempfile
+from typing import NamedTuple
+
+from triton import knobs
+from triton.compiler import CompiledKernel
+
+TENSOR_CORE = re.compile(r"\b(UTC\w*MMA|HGMMA|HMMA|IGMMA|QGMMA|DMMA)\b")
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
+BRANCH = re.compile(r"\bBRA\S*\s.*?(0x[0-9a-f]+)")
+SPILL_STORE = re.compile(r"\bSTL(?:\.(64|128))?\b")
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per block
+TENSOR_MEMORY_LIMIT = 512  # columns; a kernel that wants more is compiled to an empty trap
+
+
+class MachineCode(NamedTuple):
+    """The essentials of one kernel on one architecture."""
+
+    registers: int
+    spills: int  # bytes stored to local memory, counted once per instruction
+    shared: int  # bytes per block
+    tensor_memory: int  # columns, 0 before sm_100
+    tensor_core: str  # the instruction found, "" if none
+    instructions: int  # in the whole kernel
+    loop_instructions: int  # in the inner loop, 0 if it holds no tensor-core instruction
+
+    def per_pair(self, pairs: int, warps: int) -> float:
+        """Instructions per (row, code) pair of a loop that handles `pairs` in an iteration."""
+        return self.loop_instructions * warps * 32 / pairs
+
+
+def inspect(kernel: CompiledKernel) -> MachineCode:
+    """Disassemble a compiled kernel and count."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        code = _cuobjdump("-sass", file.name)
+        resources = _cuobjdump("--dump-resource-usage", file.name)
+    instructions = [(int(a, 16), text) for a, text in INSTRUCTION.findall(code)]
+    spills = (SPILL_STORE.search(text) for _, text in instructions)
+    found = TENSOR_CORE.search(code)
+    return MachineCode(
+        registers=int(re.search(r"REG:(\d+)", resources)[1]),
+        spills=sum(int(spill[1] or 32) // 8 for spill in spills if spill),
+        shared=kernel.metadata.shared,
+        tensor_memory=kernel.metadata.tmem_size or 0,
+        tensor_core=found[1] if found else "",
+        instructions=len(instructions),
+        loop_instructions=len(inner_loop(instructions)),
+    )
+
+
+def inner_loop(instructions: list[tuple[int, str]]) -> list[str]:
+    """Instructions of the shortest loop around a tensor-core instruction; [] if there is none."""
+    loops = []
+    for address, text in instructions:
+        branch = BRANCH.search(text)
+        if branch and int(branch[1], 16) < address:
+            start = int(branch[1], 16)
+            body = [t for a, t in instructions if start <= a <= address]
+            if any(map(TENSOR_CORE.search, body)):
+                loops.append(body)
+    return min(loops, key=len, default=[])
+
+
+def _cuobjdump(*arguments: str) -> str:
+    command = [knobs.nvidia.cuobjdump.path, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -1,0 +1,204 @@
+"""Sums over the rows, one for each code: dC, Σ p·values, or just Σ p.
+
+A program owns a block of codes and a range of rows; there are far fewer code blocks than
+multiprocessors, so the rows are split, each range leaves a partial sum, and the partial sums are
+added in a fixed order. The scores are computed transposed, codes by rows: the weights are then the
+left operand of the second product as they leave the registers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from softvq.kernels import tiles
+from softvq.kernels.primitives import (
+    LN_2,
+    LOG2_E,
+    LOWEST,
+    dot,
+    load_codes,
+    load_rows,
+    round_to,
+    split_latents,
+    store_rows,
+)
+from softvq.kernels.prologue import TRITON_DTYPE, Arithmetic, PreparedCodebook
+
+PARTIAL_BYTES = 8 * 2**20  # at most, unless one partial sum alone is larger
+_PROGRAMS_PER_MULTIPROCESSOR = 2
+
+
+def launch(
+    z: Tensor,
+    prepared: PreparedCodebook,
+    codes: int,
+    temperature: Tensor,
+    row_state: Tensor,
+    values: Tensor | None,
+    grad_entropy: Tensor | None,
+    code_gradient: Tensor | None,
+    row_shift: Tensor | None,
+    how: Arithmetic,
+) -> Tensor:
+    """float32 sums (H, K, D), or (H, K, 1) = Σ p when neither values nor row_shift are given.
+
+    With row_shift (H, N) the sum is dC and `values` is the gradient of the quantized rows; without
+    it the sum is Σ p·values. Layouts as in `row_gradients.launch`.
+    """
+    heads, rows, dim = z.shape
+    padded_codes, pad = prepared.high.shape[1:]
+    parts = 2 if how.split_codebook else 1
+    memory = tiles.shared_memory_limit(z.device)
+    tile = tiles.choose("code_sweep", how.operand, dim, parts, memory)
+    blocks = triton.cdiv(codes, tile.codes)
+    width = 1 if values is None and row_shift is None else pad
+    splits = _splits(rows, heads, blocks, 4 * heads * padded_codes * width, tile, z.device)
+    # In whole tiles, so that only the last range ends inside one.
+    rows_per_split = triton.cdiv(triton.cdiv(rows, tile.rows), splits) * tile.rows
+    partial = z.new_empty((splits, heads, padded_codes, width), dtype=torch.float32)
+    strides = (0, 0) if values is None else values.stride()[:2]
+    _code_sweep_kernel[(blocks, splits, heads)](
+        *(z, *prepared, temperature, row_state),
+        *(values, grad_entropy, code_gradient, row_shift, partial),
+        *(*z.stride()[:2], *strides, rows, rows_per_split, padded_codes),
+        CENTRE=how.centre,
+        SPLIT_LATENTS=how.split_latents,
+        SPLIT_CODEBOOK=how.split_codebook,
+        OPERAND=TRITON_DTYPE[how.operand],
+        DIM=dim,
+        PAD=pad,
+        ROWS=tile.rows,
+        CODES=tile.codes,
+        STAGES=tile.stages,
+        num_warps=tile.warps,
+    )
+    return partial[:, :, :codes, : min(width, dim)].sum(0)
+
+
+def _splits(
+    rows: int, heads: int, blocks: int, partial_bytes: int, tile: tiles.Tile, device: torch.device
+) -> int:
+    """How many ranges the rows are cut into: enough programs, little memory, no empty range."""
+    multiprocessors = 4
+    if device.type == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    wanted = triton.cdiv(_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, blocks * heads)
+    return max(1, min(wanted, triton.cdiv(rows, tile.rows), PARTIAL_BYTES // partial_bytes))
+
+
+@triton.jit
+def _code_sweep_kernel(
+    z_pointer,
+    high_pointer,
+    low_pointer,
+    half_norm_pointer,
+    mean_pointer,
+    temperature_pointer,
+    row_state_pointer,
+    values_pointer,  # from here to row_shift, None switches the part off
+    grad_entropy_pointer,
+    code_gradient_pointer,
+    row_shift_pointer,
+    partial_pointer,
+    head_stride,
+    row_stride,
+    values_head_stride,
+    values_row_stride,
+    rows,
+    rows_per_split,
+    padded_codes,
+    CENTRE: tl.constexpr,
+    SPLIT_LATENTS: tl.constexpr,
+    SPLIT_CODEBOOK: tl.constexpr,
+    OPERAND: tl.constexpr,
+    DIM: tl.constexpr,
+    PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    CODES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program: CODES codes of one head against one range of rows."""
+    first = tl.program_id(0) * CODES
+    split_index = tl.program_id(1)
+    head = tl.program_id(2).to(tl.int64)
+    heads = tl.num_programs(2)
+    inverse_temperature = 1.0 / tl.load(temperature_pointer).to(tl.float32)
+    scale = 2.0 * LOG2_E * inverse_temperature
+    mean_pointer += head * PAD
+
+    code_row = head * padded_codes + first
+    codes = tl.arange(0, CODES)
+    # [CODES, PAD]
+    code = load_codes(high_pointer + code_row * PAD, CODES, PAD)
+    if SPLIT_CODEBOOK:
+        code_low = load_codes(low_pointer + code_row * PAD, CODES, PAD)
+    # [CODES]
+    half_norm = tl.load(half_norm_pointer + code_row + codes)
+    if code_gradient_pointer is not None:
+        code_gradient = (
+            2.0 * inverse_temperature * tl.load(code_gradient_pointer + code_row + codes)
+        )
+
+    # Σ_n over this range: of e or else p, [CODES]; of p·g and e·z, [CODES, PAD]
+    column = tl.zeros([CODES], tl.float32)
+    sums = tl.zeros([CODES, PAD], tl.float32)
+    begin = split_index.to(tl.int64) * rows_per_split
+    end = tl.minimum(begin + rows_per_split, rows)
+    z_pointer += head * head_stride
+    if values_pointer is not None:
+        values_pointer += head * values_head_stride
+    for start in tl.range(begin, end, ROWS, num_stages=STAGES):
+        rows_left = end - start
+        mask = tl.arange(0, ROWS) < rows_left
+        row = head * rows + start + tl.arange(0, ROWS)
+        # [ROWS, PAD]
+        z = load_rows(z_pointer + start * row_stride, row_stride, rows_left, ROWS, DIM, PAD)
+        z_high, z_low = split_latents(z, mean_pointer, CENTRE, SPLIT_LATENTS, OPERAND)
+        # [ROWS]; past the end every weight is 0, and finite the score it is multiplied with
+        maximum = tl.load(row_state_pointer + row, mask=mask, other=-LOWEST)
+        inverse_total = tl.load(row_state_pointer + heads * rows + row, mask=mask, other=0.0)
+        # [CODES, ROWS]
+        product = dot(code, z_high.T, tl.zeros([CODES, ROWS], tl.float32))
+        if SPLIT_CODEBOOK:
+            product = dot(code_low, z_high.T, product)
+        if SPLIT_LATENTS:
+            product = dot(code, z_low.T, product)
+        relative = tl.fma(product - half_norm[:, None], scale, -maximum[None, :])
+        p = tl.exp2(relative) * inverse_total[None, :]
+
+        if values_pointer is not None:
+            # [ROWS, PAD]
+            values = load_rows(values_pointer + start * values_row_stride, values_row_stride,
+                               rows_left, ROWS, DIM, PAD)  # fmt: skip
+            if values.dtype != OPERAND:
+                values = round_to(values, OPERAND)
+            sums = dot(round_to(p, OPERAND), values, sums)
+        if row_shift_pointer is not None:
+            # [CODES, ROWS]: (2/T)(a_nk − δ_n + λ_n), the factor costs nothing inside the fma
+            rise = -tl.load(row_shift_pointer + row, mask=mask, other=0.0)[None, :]
+            if values_pointer is not None:
+                along = dot(code, values.T, tl.zeros([CODES, ROWS], tl.float32))
+                rise = tl.fma(along, 2.0 * inverse_temperature, rise)
+            if code_gradient_pointer is not None:
+                rise += code_gradient[:, None]
+            if grad_entropy_pointer is not None:
+                grad_entropy = tl.load(grad_entropy_pointer + row, mask=mask, other=0.0)
+                factor = -2.0 * LN_2 * inverse_temperature * grad_entropy
+                rise = tl.fma(relative, factor[None, :], rise)
+            gradient = p * rise
+            column += tl.sum(gradient, 1)
+            sums = dot(round_to(gradient, OPERAND), z_high, sums)
+        elif values_pointer is None:
+            column += tl.sum(p, 1)
+
+    out = (split_index * heads + head) * padded_codes + first
+    if row_shift_pointer is None and values_pointer is None:
+        tl.store(partial_pointer + out + codes, column)
+    else:
+        if row_shift_pointer is not None:
+            moved = code.to(tl.float32)
+            if SPLIT_CODEBOOK:
+                moved += code_low.to(tl.float32)
+            sums -= column[:, None] * moved
+        store_rows(partial_pointer + out * PAD, PAD, CODES, sums, CODES, PAD, PAD)

@@ -1,0 +1,78 @@
+"""What every backend without an N×K matrix must pass: float64 truth, beside plain PyTorch."""
+
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from naive import Errors, Problem, forward, gradients
+
+ALL = ("quantized", "log_partition", "entropy", "usage")
+
+
+def make(heads, rows, codes, dim, temperature=1.0, offset=0.0, device="cpu") -> Problem:
+    return Problem(
+        torch.randn(heads, rows, dim, device=device) + offset,
+        torch.randn(heads, codes, dim, device=device) + offset,
+        torch.tensor(temperature, device=device),
+    )
+
+
+def incoming_for(problem: Problem) -> dict[str, torch.Tensor]:
+    return {name: torch.randn_like(output) for name, output in forward(problem).items()}
+
+
+def run(backend: ModuleType, problem: Problem, **options) -> dict[str, torch.Tensor]:
+    """The backend's floating outputs by name, and what it saved."""
+    inputs = [x.detach() for x in problem]
+    quantized, _, log_partition, entropy, row_state = backend.soft_forward(*inputs, **options)
+    sums = backend.probability_sums(*inputs, None, **options)
+    usage = sums[..., 0] / inputs[0].shape[1]
+    outputs = dict(zip(ALL, (quantized, log_partition, entropy, usage), strict=True))
+    return outputs | {"row_state": row_state}
+
+
+def check(
+    backend: ModuleType,
+    draw: Callable[[], Problem],
+    dtype=torch.float32,
+    names=ALL,
+    draws=8,
+    matmul=torch.matmul,
+    usage_floor=0.0,
+    **options,
+) -> None:
+    """Outputs within 2× and gradients within 3× plain float32 PyTorch's own error, over draws.
+
+    With `matmul` plain PyTorch multiplies otherwise; with a `dtype` of None the drawn dtypes stay.
+    """
+    errors = {name: Errors() for name in (*ALL, "grad z", "grad codebook", "grad temperature")}
+    errors["entropy"].floor, errors["usage"].floor = 1.0, usage_floor
+    for _ in range(draws):
+        # The rounded inputs are the problem.
+        given = draw() if dtype is None else draw().to(dtype)
+        plain_inputs, true_inputs = given.to(torch.float32), given.to(torch.float64)
+        plain, truth = forward(plain_inputs, matmul), forward(true_inputs)
+        incoming = {name: torch.randn_like(plain[name]) for name in names}
+        incoming = {name: x.to(given.z.dtype) for name, x in incoming.items()}
+
+        outputs = run(backend, given, **options)
+        for name in ALL:
+            errors[name].add(outputs[name], plain[name], truth[name])
+        grads = backend.soft_backward(
+            *(x.detach() for x in given),
+            *(incoming.get(name) for name in ALL),
+            *(True, True, True, outputs["quantized"], outputs["row_state"]),
+            **options,
+        )
+        plain, truth = gradients(plain_inputs, incoming, matmul), gradients(true_inputs, incoming)
+        for name, grad in zip(("z", "codebook", "temperature"), grads, strict=True):
+            errors[f"grad {name}"].add(grad, plain[name], truth[name])
+    for name, error in errors.items():
+        error.assert_no_worse(3 if name.startswith("grad") else 2, name)
+
+
+def near_ties() -> Problem:
+    problem = make(1, 64, 32, 16, temperature=0.01)
+    codebook = problem.codebook
+    codebook[:, 16:] = codebook[:, :16] * (1 + 1e-6)
+    return Problem(codebook[:, :16].repeat(1, 4, 1) + 1e-3, codebook, problem.temperature)

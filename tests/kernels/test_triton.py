@@ -1,0 +1,265 @@
+"""The fused kernels against float64 truth: interpreted without a GPU, compiled on one.
+
+The interpreter rounds 16-bit operands as a GPU does and multiplies float32 exactly: what tf32
+splitting loses is seen on a GPU only.
+"""
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from checks import ALL, check, incoming_for, make, near_ties, run
+from naive import Problem, forward, matmul_in
+
+import softvq
+from softvq.kernels import code_sweep, fused, operators, streaming, tiles
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+draw = partial(make, device=DEVICE)
+check_fused = partial(check, fused, draws=2)
+# The packed index costs p a relative error of eps·‖z‖²/T, which usage, float32, can show.
+check_16_bit = partial(check_fused, usage_floor=10.0)
+
+SHAPES = [  # heads, rows, codes, D
+    (1, 1, 1, 1),
+    (3, 1, 130, 5),
+    (1, 67, 1, 3),
+    (3, 67, 67, 48),
+    (1, 130, 130, 64),
+    (1, 130, 67, 65),
+    (1, 67, 130, 130),
+]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several iterations of every loop, several programs along every axis."""
+    monkeypatch.setattr(tiles, "choose", lambda *_: tiles.Tile(32, 32, 4, 1))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("temperature", [1e-3, 0.1, 1.0, 100.0])
+def test_shapes_and_temperatures(shape, temperature):
+    check_fused(lambda: draw(*shape, temperature=temperature))
+
+
+def test_small_tiles(small_tiles):
+    check_fused(lambda: draw(2, 130, 130, 20))
+    check_16_bit(lambda: draw(1, 70, 70, 20), torch.bfloat16, matmul=matmul_in(torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 67, 67, 5), (2, 130, 130, 48)], ids=str)
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 100.0])
+def test_16_bit_inputs(dtype, shape, temperature):
+    check_16_bit(lambda: draw(*shape, temperature=temperature), dtype, matmul=matmul_in(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_latents_with_a_float32_codebook(dtype):
+    def mixed() -> Problem:
+        problem = draw(2, 67, 130, 20, temperature=0.5)
+        return Problem(problem.z.to(dtype), problem.codebook, problem.temperature)
+
+    check_16_bit(mixed, None, matmul=matmul_in(dtype))
+
+
+# Largest error relative to the largest true value (D = 48, T = 1): what the scores lose is about
+# 1e-6·|z||c| split and 5e-4·|z||c| single; operands of the other products have 8 bits.
+BOUNDS = {
+    "high": {
+        "log_partition": 1e-5,
+        "entropy": 2e-4,
+        "usage": 1e-4,
+        "quantized": 5e-3,
+        "grad": 1e-2,
+    },
+    "medium": {"log_partition": 1e-2, "entropy": 0.1, "usage": 5e-2, "quantized": 0.1, "grad": 0.1},
+}
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_reduced_precision(precision, offset):
+    bounds = BOUNDS[precision]
+    problem = draw(2, 130, 130, 48)
+    # Exact also far from zero, so that both offsets pose the same problem.
+    problem = Problem(*((x * 64).round() / 64 + offset for x in problem[:2]), problem.temperature)
+    true = problem.to(torch.float64)
+    outputs, truth = run(fused, problem, precision=precision), forward(true)
+    for name in ALL:
+        error = (outputs[name] - truth[name]).abs().max() / (
+            truth[name] - offset * (name == "quantized")
+        ).abs().max()
+        assert error < bounds[name], f"{name}: {error:.2e}"
+    incoming = [torch.randn_like(outputs[name]) for name in ALL]
+    saved = (outputs["quantized"], outputs["row_state"], precision)
+    grads = fused.soft_backward(*problem, *incoming, True, True, True, *saved)
+    double = [x.double() for x in (*problem, *incoming)]
+    for grad, expected in zip(
+        grads, streaming.soft_backward(*double, True, True, True), strict=True
+    ):
+        error = (grad - expected).abs().max() / expected.abs().max()
+        assert error < bounds["grad"], f"{error:.2e}"
+
+
+@pytest.mark.parametrize("offset", [10.0, 1e4])
+def test_latents_far_from_zero(offset):
+    check_fused(lambda: draw(1, 130, 67, 48, offset=offset))
+
+
+def test_near_ties():
+    check_fused(lambda: Problem(*(x.to(DEVICE) for x in near_ties())))
+
+
+COMBINATIONS = [c for n in range(1, 5) for c in itertools.combinations(ALL, n)]
+
+
+@pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
+def test_every_combination_of_incoming_gradients(names):
+    check_fused(lambda: draw(2, 40, 48, 5, temperature=0.3), names=names)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_only_needed_gradients_are_computed(needs):
+    problem = draw(1, 20, 10, 4)
+    incoming = [incoming_for(problem)[name] for name in ALL]
+    every = fused.soft_backward(*problem, *incoming, True, True, True)
+    some = fused.soft_backward(*problem, *incoming, *needs)
+    for grad, expected, needed in zip(some, every, needs, strict=True):
+        assert torch.equal(grad, expected) if needed else grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_lowest_index_wins_a_tie(dtype):
+    codebook = torch.randn(1, 10, 20, device=DEVICE).to(dtype)
+    codebook[:, 0] = 0
+    z = codebook.clone()
+    indices = fused.soft_forward(z, codebook.repeat(1, 20, 1), torch.ones((), device=DEVICE))[1]
+    assert indices.tolist() == [list(range(10))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiny_temperature_is_the_nearest_code(dtype):
+    problem = draw(1, 40, 130, 20, temperature=1e-7).to(dtype)
+    quantized, indices, log_partition, entropy, _ = fused.soft_forward(*problem)
+    distance = torch.cdist(problem.z.double(), problem.codebook.double())
+    assert torch.equal(indices, distance.argmin(-1))
+    torch.testing.assert_close(quantized[0], problem.codebook[0, indices[0]])
+    expected = -distance.amin(-1).square() / problem.temperature
+    torch.testing.assert_close(log_partition.double(), expected, rtol=1e-4, atol=0)
+    assert entropy.abs().max() < 1e-5
+
+
+def test_a_row_of_nan_spoils_no_other():
+    problem = draw(1, 40, 30, 6)
+    clean = fused.soft_forward(*problem)
+    problem.z[:, 7] = torch.nan
+    outputs = fused.soft_forward(*problem)
+    others = torch.arange(40, device=DEVICE) != 7
+    for output, expected in zip(outputs[:4], clean[:4], strict=True):
+        assert torch.equal(output[:, others], expected[:, others])
+    assert outputs[0][:, 7].isnan().all() and 0 <= outputs[1][0, 7] < 30
+
+
+def test_views_and_expanded_gradients():
+    base = draw(1, 60, 40, 12)
+    z, codebook = base.z.mT.contiguous().mT, base.codebook.repeat(1, 2, 1)[:, ::2]
+    rows = base.z.repeat(1, 2, 1)[:, ::2]
+    grad = torch.ones((), device=DEVICE).expand(1, 60, 12)
+    row = torch.ones((), device=DEVICE).expand(1, 60)
+    for views in ((z, codebook, base.temperature), (rows, codebook, base.temperature)):
+        plain = tuple(x.contiguous() for x in views)
+        for a, b in zip(fused.soft_forward(*views), fused.soft_forward(*plain), strict=True):
+            assert torch.equal(a, b)
+        needs = (None, True, True, True)
+        viewed = fused.soft_backward(*views, grad, row, row, *needs)
+        expected = fused.soft_backward(*plain, grad.clone(), row.clone(), row.clone(), *needs)
+        assert all(torch.equal(a, b) for a, b in zip(viewed, expected, strict=True))
+
+
+def test_probability_sums_of_values():
+    problem, values = draw(2, 130, 67, 20), torch.randn(2, 130, 20, device=DEVICE)
+    expected = streaming.probability_sums(*(x.double() for x in problem), values.double())
+    sums = fused.probability_sums(*problem, values)
+    torch.testing.assert_close(sums.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_partial_sums_are_bounded():
+    tile, cpu = tiles.Tile(64, 64, 4, 2), torch.device("cpu")
+    assert code_sweep._splits(10**6, 1, 1, 2**10, tile, cpu) == 8
+    assert code_sweep._splits(100, 1, 1, 2**10, tile, cpu) == 2
+    assert code_sweep._splits(10**6, 1, 1, 2**22, tile, cpu) == 2
+    assert code_sweep._splits(10**6, 1, 1, 2**30, tile, cpu) == 1
+    assert code_sweep._splits(10**6, 1, 1000, 2**10, tile, cpu) == 1
+
+
+def test_every_tile_divides_the_padded_codebook():
+    for *_, tile in tiles.every_choice(100 * 1024):
+        assert tiles.CODE_MULTIPLE % tile.codes == 0 and min(tile.rows, tile.codes) >= 16
+
+
+@pytest.mark.parametrize("estimator", ["soft", "straight_through", "detached"])
+def test_public_operator(estimator):
+    z, codebook = torch.randn(4, 7, 2, 5, device=DEVICE), torch.randn(2, 10, 5, device=DEVICE)
+    options = {"estimator": estimator}
+    if estimator == "detached":
+        options = {"detach_probabilities": True}
+    results = []
+    for backend in ("triton", "reference"):
+        inputs = [z.clone().requires_grad_(), codebook.clone().requires_grad_()]
+        temperature = torch.tensor(0.7, device=DEVICE, requires_grad=True)
+        out = softvq.soft_quantize(*inputs, temperature, backend=backend, **options)
+        loss = out.quantized.square().sum()
+        if estimator != "detached":
+            usage = softvq.code_usage(*inputs, temperature, backend=backend)
+            loss = loss + out.log_partition.sum() + out.entropy.square().sum() + usage[0, 0]
+        loss.backward()
+        results.append((*out, *(x.grad for x in (*inputs, temperature))))
+    for ours, expected in zip(*results, strict=True):
+        assert (ours is None) == (expected is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_no_rows():
+    z = torch.zeros(0, 5, device=DEVICE, requires_grad=True)
+    codebook = torch.randn(10, 5, device=DEVICE, requires_grad=True)
+    temperature = torch.tensor(0.7, device=DEVICE, requires_grad=True)
+    out = softvq.soft_quantize(z, codebook, temperature, backend="triton")
+    assert out.quantized.shape == (0, 5) and out.indices.shape == (0,)
+    (out.quantized.sum() + out.log_partition.sum() + out.entropy.sum()).backward()
+    assert z.grad.shape == (0, 5)
+    assert torch.equal(codebook.grad, torch.zeros_like(codebook)) and temperature.grad == 0
+
+
+def test_what_the_kernels_do_not_take(monkeypatch):
+    z, codebook = torch.randn(3, 300, device=DEVICE), torch.randn(4, 300, device=DEVICE)
+    wide = softvq.soft_quantize(z, codebook, 1.0, backend="triton")
+    assert torch.equal(
+        wide.quantized, softvq.soft_quantize(z, codebook, 1.0, backend="streaming")[0]
+    )
+    with pytest.raises(ValueError, match="no float64"):
+        softvq.soft_quantize(z.double(), codebook, 1.0, backend="triton")
+    assert softvq.soft_quantize(z.double(), codebook, 1.0).quantized.dtype == torch.float64
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="needs CUDA tensors, got cpu"):
+        softvq.soft_quantize(z.cpu(), codebook.cpu(), 1.0, backend="triton")
+
+
+def test_opcheck():
+    z, codebook = torch.randn(2, 6, 5, device=DEVICE), torch.randn(2, 10, 5, device=DEVICE)
+    temperature, row = torch.tensor(0.7, device=DEVICE), torch.randn(2, 6, device=DEVICE)
+    inputs, how = (z, codebook, temperature), ("highest", "triton")
+    state = fused.soft_forward(*inputs)[4]
+    for operator, arguments in (
+        (operators.soft_forward, how),
+        (operators.soft_backward, (z, row, None, None, True, True, False, z, state, *how)),
+        (operators.probability_sums, (None, None, *how)),
+        (operators.probability_sums, (z, state, *how)),
+    ):
+        torch.library.opcheck(operator, (*inputs, *arguments))
