@@ -21,7 +21,7 @@ CHUNK = 256  # rows of one program: enough programs at N = 10^5, few sums to kee
 
 
 @triton.jit
-def segment_sums_kernel(
+def _segment_sums_kernel(
     values_pointer,
     order_pointer,
     begins_pointer,
@@ -115,7 +115,7 @@ def _segment_sums(
 ) -> Tensor:
     dim = values.shape[1]
     sums = values.new_empty((len(begins), dim), dtype=dtype)
-    segment_sums_kernel[(len(begins),)](
+    _segment_sums_kernel[(len(begins),)](
         *(values, order, begins, ends, sums, values.stride(0)),
         DIM=dim,
         PAD=padded_dim(dim),

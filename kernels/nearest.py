@@ -28,14 +28,14 @@ LARGEST = tl.constexpr(2.0**13)  # a scaled element is below twice that, well wi
 
 
 @triton.jit
-def scale_of(largest):
+def scale_of(largest: tl.tensor) -> tl.tensor:
     """The power of two that brings `largest` (any shape, float32) to between 2^13 and 2^14."""
     bits = tl.maximum(largest, 1e-30).to(tl.int32, bitcast=True) & EXPONENT_BITS
     return bits.to(tl.float32, bitcast=True) / LARGEST
 
 
 @triton.jit
-def nearest_kernel(
+def _nearest_kernel(
     z_pointer,
     mean_pointer,
     codes_pointer,
@@ -121,7 +121,7 @@ def nearest(z: Tensor, codebook: Tensor, precision: Precision = "highest") -> Te
     indices = z.new_empty((heads, rows), dtype=torch.int64)
     with torch.cuda.device_of(z):
         if rows:
-            nearest_kernel[(triton.cdiv(rows, shape.rows), heads)](
+            _nearest_kernel[(triton.cdiv(rows, shape.rows), heads)](
                 *(z, *codes, indices, rows, codes.bias.shape[1], z.stride(0), z.stride(1)),
                 DIM=dim,
                 PAD=tiles.padded_dim(dim),

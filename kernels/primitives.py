@@ -20,7 +20,7 @@ LOWEST = tl.constexpr(-1e38)
 
 
 @triton.jit
-def round_to(x, dtype: tl.constexpr):
+def round_to(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """Cast float32 to `dtype`, to the nearest value."""
     if INTERPRETING and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
@@ -30,7 +30,7 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, accumulator):
+def dot(a: tl.tensor, b: tl.tensor, accumulator: tl.tensor) -> tl.tensor:
     """a·b + accumulator in float32; float32 operands are split into three tf32 products.
 
     A matrix unit rounds a·b and (bᵀ·aᵀ)ᵀ alike, and the kernels rely on it where T is tiny; BLAS
@@ -45,14 +45,21 @@ def dot(a, b, accumulator):
 
 
 @triton.jit
-def split(x, dtype: tl.constexpr):
+def split(x: tl.tensor, dtype: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """x ≈ high + low, both of `dtype`."""
     high = round_to(x, dtype)
     return high, round_to(x - high.to(tl.float32), dtype)
 
 
 @triton.jit
-def load_rows(pointer, stride, rows_left, ROWS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr):
+def load_rows(
+    pointer: tl.tensor,
+    stride: tl.tensor,
+    rows_left: tl.tensor,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAD: tl.constexpr,
+) -> tl.tensor:
     """Rows 0 … ROWS−1 of a matrix with unit column stride; zero past `rows_left` and past DIM."""
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, PAD)
@@ -65,8 +72,14 @@ def load_rows(pointer, stride, rows_left, ROWS: tl.constexpr, DIM: tl.constexpr,
 
 @triton.jit
 def store_rows(
-    pointer, stride, rows_left, x, ROWS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr
-):
+    pointer: tl.tensor,
+    stride: tl.tensor,
+    rows_left: tl.tensor,
+    x: tl.tensor,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAD: tl.constexpr,
+) -> None:
     """The counterpart of `load_rows`."""
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, PAD)
@@ -78,14 +91,20 @@ def store_rows(
 
 
 @triton.jit
-def load_codes(pointer, CODES: tl.constexpr, PAD: tl.constexpr):
+def load_codes(pointer: tl.tensor, CODES: tl.constexpr, PAD: tl.constexpr) -> tl.tensor:
     """CODES rows of a prepared codebook: padded, so without a mask. [CODES, PAD]"""
     codes = tl.arange(0, CODES)
     return tl.load(pointer + codes[:, None] * PAD + tl.arange(0, PAD)[None, :])
 
 
 @triton.jit
-def split_latents(z, mean_pointer, CENTRE: tl.constexpr, SPLIT: tl.constexpr, DTYPE: tl.constexpr):
+def split_latents(
+    z: tl.tensor,
+    mean_pointer: tl.tensor,
+    CENTRE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DTYPE: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
     """Latents as operands of the score product: (high, low) of dtype DTYPE.
 
     z [ROWS, PAD] minus the codebook's mean where CENTRE; `low` repeats `high` unless SPLIT.
@@ -100,7 +119,7 @@ def split_latents(z, mean_pointer, CENTRE: tl.constexpr, SPLIT: tl.constexpr, DT
 
 
 @triton.jit
-def exact_best(scores, CODES: tl.constexpr):
+def exact_best(scores: tl.tensor, CODES: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """Largest of each row of scores [ROWS, CODES], and the first column that reaches it."""
     best = tl.max(scores, 1)
     column = tl.where(scores == best[:, None], tl.arange(0, CODES)[None, :], CODES)
@@ -108,7 +127,9 @@ def exact_best(scores, CODES: tl.constexpr):
 
 
 @triton.jit
-def packed_best(scores, ROWS: tl.constexpr, CODES: tl.constexpr):
+def packed_best(
+    scores: tl.tensor, ROWS: tl.constexpr, CODES: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
     """`exact_best` up to 2⁻¹⁹ relative, for scores below zero, in fewer instructions.
 
     The lowest bits of a score make room for the index of its group of eight columns, and one
@@ -131,7 +152,14 @@ def packed_best(scores, ROWS: tl.constexpr, CODES: tl.constexpr):
 
 
 @triton.jit
-def online_softmax(scores, new_maximum, scale, maximum, total, weighted):
+def online_softmax(
+    scores: tl.tensor,
+    new_maximum: tl.tensor,
+    scale: tl.tensor,
+    maximum: tl.tensor,
+    total: tl.tensor,
+    weighted: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Fold a tile of scores into the running softmax of its rows, in base 2.
 
     scores [ROWS, CODES], to be multiplied by `scale`. All of shape [ROWS]: the scaled `maximum`

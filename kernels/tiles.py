@@ -18,6 +18,8 @@ MAX_DIM = 256
 
 
 class Tile(NamedTuple):
+    """The part of the problem that one program holds at a time, and how it is compiled."""
+
     rows: int
     codes: int
     warps: int

@@ -49,10 +49,10 @@ def soft_quantize(
             of the soft one.
         detach_probabilities: treat the probabilities as constants: only the codebook receives a
             gradient, Pᵀ·dq, and log_partition and entropy receive none (the original Soft VQ-VAE).
-        backend: "triton" (fused kernels on a GPU; float64 is refused, and D > 256 streams),
-            "streaming" (plain PyTorch, any device, no N×K matrix either), "reference" (N×K
-            matrices, for checking), or "auto": "triton" for CUDA tensors it can take, otherwise
-            "streaming". All differentiate z, codebook and temperature by hand-written formulas.
+        backend: "auto" (now always "streaming"), "streaming" (plain PyTorch, any device, no N×K
+            matrix), "reference" (N×K matrices, for checking), or "triton" (experimental: fused
+            kernels, not yet run on a GPU; float64 is refused, and D > 256 streams). All
+            differentiate z, codebook and temperature by hand-written formulas.
         precision: how the Triton kernels may multiply float32 latents, in the words of
             `torch.set_float32_matmul_precision`, which None follows: "highest" is as accurate as
             float32 products, "high" only in the scores (the rest has bfloat16 operands), "medium"
@@ -132,10 +132,6 @@ def code_sums(z: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, T
             f"got {tuple(indices.shape)}"
         )
     rows, indices = z.reshape(-1, z.shape[-1]), indices.reshape(-1)
-    if z.is_cuda and _HAS_TRITON:
-        from softvq.kernels.code_sums import code_sums as fused_code_sums
-
-        return fused_code_sums(rows, indices, codebook_size)
     dtype = torch.promote_types(z.dtype, torch.float32)
     sums = z.new_zeros((codebook_size, z.shape[-1]), dtype=dtype)
     sums = sums.index_add(0, indices, rows.to(dtype))
@@ -175,13 +171,12 @@ def _prepare(
 
 
 def _choose_backend(z: Tensor, codebook: Tensor, backend: str) -> str:
-    has_float64 = torch.float64 in (z.dtype, codebook.dtype)
     if backend == "auto":
-        backend = "triton" if _HAS_TRITON and z.is_cuda and not has_float64 else "streaming"
+        return "streaming"  # the fused kernels only by name, until they have run on a GPU
     if backend != "triton":
         return backend
-    if has_float64:
-        raise ValueError("backend 'triton' has no float64; use 'auto', 'streaming' or 'reference'")
+    if torch.float64 in (z.dtype, codebook.dtype):
+        raise ValueError("backend 'triton' has no float64; use 'streaming' or 'reference'")
     if not _HAS_TRITON:
         raise ValueError("backend 'triton' needs the package triton")
     if not z.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import softvq
+from softvq import functional
 from softvq.kernels import operators
 
 BACKENDS = ("streaming", "reference")
@@ -103,6 +105,12 @@ def test_code_sums_are_the_statistics_of_k_means():
     assert sums.dtype == counts.dtype == torch.float32
     torch.testing.assert_close(sums, one_hot.T @ z.float().reshape(-1, 4))
     assert torch.equal(counts, one_hot.sum(0))
+
+
+def test_auto_never_chooses_the_fused_kernels():
+    with FakeTensorMode():
+        z = torch.empty(3, 4, device="cuda")
+    assert functional._choose_backend(z, z, "auto") == "streaming"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

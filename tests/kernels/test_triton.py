@@ -26,9 +26,9 @@ check_16_bit = partial(check_fused, usage_floor=10.0)
 
 SHAPES = [  # heads, rows, codes, D
     (1, 1, 1, 1),
-    (3, 1, 130, 5),
+    (2, 1, 130, 5),
     (1, 67, 1, 3),
-    (3, 67, 67, 48),
+    (2, 67, 67, 48),
     (1, 130, 130, 64),
     (1, 130, 67, 65),
     (1, 67, 130, 130),
@@ -42,13 +42,13 @@ def small_tiles(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("temperature", [1e-3, 0.1, 1.0, 100.0])
+@pytest.mark.parametrize("temperature", [1e-3, 1.0, 100.0])
 def test_shapes_and_temperatures(shape, temperature):
     check_fused(lambda: draw(*shape, temperature=temperature))
 
 
 def test_small_tiles(small_tiles):
-    check_fused(lambda: draw(2, 130, 130, 20))
+    check_fused(lambda: draw(2, 70, 130, 20))
     check_16_bit(lambda: draw(1, 70, 70, 20), torch.bfloat16, matmul=matmul_in(torch.bfloat16))
 
 
