@@ -64,7 +64,7 @@ class SoftQuantize(torch.autograd.Function):
             )
             return *_only_needed(grads, needs), None, None, None, None
         grad_codebook = None
-        if needs[1]:
+        if needs[1] and grad_quantized is not None:
             sums = operators.probability_sums(*inputs, grad_quantized, row_state, *how)
             grad_codebook = sums.to(inputs[1].dtype)
         return None, grad_codebook, None, None, None, None, None

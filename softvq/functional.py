@@ -35,7 +35,7 @@ def soft_quantize(
     estimator: Estimator = "soft",
     detach_probabilities: bool = False,
     backend: Backend = "auto",
-    precision: Precision | None = None,
+    precision: Precision = "highest",
 ) -> SoftQuantized:
     """Quantise latents softly: q = softmax(−‖z−c‖²/T) · C, without an N×K matrix.
 
@@ -53,11 +53,9 @@ def soft_quantize(
             matrix), "reference" (N×K matrices, for checking), or "triton" (experimental: fused
             kernels, not yet run on a GPU; float64 is refused, and D > 256 streams). All
             differentiate z, codebook and temperature by hand-written formulas.
-        precision: how the Triton kernels may multiply float32 latents, in the words of
-            `torch.set_float32_matmul_precision`, which None follows: "highest" is as accurate as
+        precision: how the Triton kernels may multiply float32 latents: "highest" is as accurate as
             float32 products, "high" only in the scores (the rest has bfloat16 operands), "medium"
-            has bfloat16 operands throughout. The PyTorch backends multiply in full float32
-            whatever it says, at the device's own matmul settings.
+            has bfloat16 operands throughout. The other backends ignore it.
 
     Raises:
         TypeError: a tensor that is not floating point.
@@ -66,8 +64,6 @@ def soft_quantize(
     The derivation stands in kernels/README.md.
     """
     _one_of("estimator", estimator, Estimator)
-    if precision is None:
-        precision = torch.get_float32_matmul_precision()
     _one_of("precision", precision, Precision)
     z_heads, codebook_heads, temperature, backend = _prepare(z, codebook, temperature, backend)
     outputs = autograd.SoftQuantize.apply(
@@ -90,8 +86,7 @@ def code_usage(
     Arguments and errors as in `soft_quantize`; a batch without rows has no mean and gives NaN.
     """
     z_heads, codebook_heads, temperature, backend = _prepare(z, codebook, temperature, backend)
-    precision = torch.get_float32_matmul_precision()
-    usage = autograd.CodeUsage.apply(z_heads, codebook_heads, temperature, precision, backend)
+    usage = autograd.CodeUsage.apply(z_heads, codebook_heads, temperature, "highest", backend)
     return usage if codebook.dim() == 3 else usage[0]
 
 

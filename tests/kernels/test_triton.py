@@ -48,12 +48,12 @@ def test_shapes_and_temperatures(shape, temperature):
 
 
 def test_small_tiles(small_tiles):
-    check_fused(lambda: draw(2, 70, 130, 20))
+    check_fused(lambda: draw(2, 70, 70, 20))
     check_16_bit(lambda: draw(1, 70, 70, 20), torch.bfloat16, matmul=matmul_in(torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 67, 67, 5), (2, 130, 130, 48)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 67, 67, 5), (1, 130, 130, 48)], ids=str)
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 100.0])
 def test_16_bit_inputs(dtype, shape, temperature):
     check_16_bit(lambda: draw(*shape, temperature=temperature), dtype, matmul=matmul_in(dtype))
