@@ -42,7 +42,7 @@ def small_tiles(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("temperature", [1e-3, 1.0, 100.0])
+@pytest.mark.parametrize("temperature", [1e-3, 1.0])
 def test_shapes_and_temperatures(shape, temperature):
     check_fused(lambda: draw(*shape, temperature=temperature))
 
