@@ -110,6 +110,8 @@ def describe(case: Case) -> dict[str, object]:
         problems.append("shared memory")
     if code.tensor_memory > TENSOR_MEMORY_LIMIT:
         problems.append("tensor memory")
+    if code.serialized:
+        problems.append("serialized")
     if pairs and not code.loop_instructions:
         problems.append("no tensor core")
     return {

@@ -38,6 +38,7 @@ class MachineCode(NamedTuple):
     tensor_core: str  # the instruction found, "" if none
     instructions: int  # in the whole kernel
     loop_instructions: int  # in the inner loop, 0 if it holds no tensor-core instruction
+    serialized: bool  # each wgmma waits for the one before: ptxas could not keep them in flight
 
     def per_pair(self, pairs: int, warps: int) -> float:
         """Instructions per (row, code) pair of a loop that handles `pairs` in an iteration."""
@@ -54,6 +55,9 @@ def inspect(kernel: CompiledKernel) -> MachineCode:
     instructions = [(int(a, 16), text) for a, text in INSTRUCTION.findall(code)]
     spills = (SPILL_STORE.search(text) for _, text in instructions)
     found = TENSOR_CORE.search(code)
+    loop = inner_loop(instructions)
+    products = sum("HGMMA" in text for text in loop)
+    waits = sum("WARPGROUP.DEPBAR" in text for text in loop)
     return MachineCode(
         registers=int(re.search(r"REG:(\d+)", resources)[1]),
         spills=sum(int(spill[1] or 32) // 8 for spill in spills if spill),
@@ -61,7 +65,8 @@ def inspect(kernel: CompiledKernel) -> MachineCode:
         tensor_memory=kernel.metadata.tmem_size or 0,
         tensor_core=found[1] if found else "",
         instructions=len(instructions),
-        loop_instructions=len(inner_loop(instructions)),
+        loop_instructions=len(loop),
+        serialized=2 * waits > products,
     )
 
 

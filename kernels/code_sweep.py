@@ -16,16 +16,18 @@ from softvq.kernels.primitives import (
     LN_2,
     LOG2_E,
     LOWEST,
-    dot,
+    as_operand,
     load_codes,
     load_rows,
-    round_to,
-    split_latents,
+    scale_of,
+    split_dot,
     store_rows,
+    weights_operand,
 )
-from softvq.kernels.prologue import TRITON_DTYPE, Arithmetic, PreparedCodebook
+from softvq.kernels.prologue import Arithmetic, PreparedCodebook
 
-PARTIAL_BYTES = 8 * 2**20  # at most, unless one partial sum alone is larger
+# At most, unless one partial sum alone is larger.
+PARTIAL_BYTES = 7 * 2**20
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
@@ -36,21 +38,22 @@ def launch(
     temperature: Tensor,
     row_state: Tensor,
     values: Tensor | None,
-    grad_entropy: Tensor | None,
-    code_gradient: Tensor | None,
-    row_shift: Tensor | None,
     how: Arithmetic,
+    largest: Tensor | None,
+    grad_entropy: Tensor | None = None,
+    code_gradient: Tensor | None = None,
+    row_shift: Tensor | None = None,
 ) -> Tensor:
     """float32 sums (H, K, D), or (H, K, 1) = Σ p when neither values nor row_shift are given.
 
     With row_shift (H, N) the sum is dC and `values` is the gradient of the quantized rows; without
-    it the sum is Σ p·values. Layouts as in `row_gradients.launch`.
+    it the sum is Σ p·values. `largest` (H) is that of the terms, needed where they have to be
+    scaled. Layouts as in `row_gradients.launch`.
     """
     heads, rows, dim = z.shape
     padded_codes, pad = prepared.high.shape[1:]
-    parts = 2 if how.split_codebook else 1
     memory = tiles.shared_memory_limit(z.device)
-    tile = tiles.choose("code_sweep", how.operand, dim, parts, memory)
+    tile = tiles.choose("code_sweep", how.operands, dim, memory)
     blocks = triton.cdiv(codes, tile.codes)
     width = 1 if values is None and row_shift is None else pad
     splits = _splits(rows, heads, blocks, 4 * heads * padded_codes * width, tile, z.device)
@@ -60,12 +63,11 @@ def launch(
     strides = (0, 0) if values is None else values.stride()[:2]
     _code_sweep_kernel[(blocks, splits, heads)](
         *(z, *prepared, temperature, row_state),
-        *(values, grad_entropy, code_gradient, row_shift, partial),
+        *(values, grad_entropy, code_gradient, row_shift, largest, partial),
         *(*z.stride()[:2], *strides, rows, rows_per_split, padded_codes),
-        CENTRE=how.centre,
         SPLIT_LATENTS=how.split_latents,
-        SPLIT_CODEBOOK=how.split_codebook,
-        OPERAND=TRITON_DTYPE[how.operand],
+        SPLIT_ALL=how.split_all,
+        WHOLE_TILES=rows >= tile.rows,
         DIM=dim,
         PAD=pad,
         ROWS=tile.rows,
@@ -94,24 +96,25 @@ def _code_sweep_kernel(
     low_pointer,
     half_norm_pointer,
     mean_pointer,
+    scale_pointer,
     temperature_pointer,
     row_state_pointer,
-    values_pointer,  # from here to row_shift, None switches the part off
+    values_pointer,  # from here to largest, None switches the part off
     grad_entropy_pointer,
     code_gradient_pointer,
     row_shift_pointer,
+    largest_pointer,
     partial_pointer,
     head_stride,
-    row_stride,
+    row_stride: tl.constexpr,
     values_head_stride,
-    values_row_stride,
+    values_row_stride: tl.constexpr,
     rows,
     rows_per_split,
     padded_codes,
-    CENTRE: tl.constexpr,
     SPLIT_LATENTS: tl.constexpr,
-    SPLIT_CODEBOOK: tl.constexpr,
-    OPERAND: tl.constexpr,
+    SPLIT_ALL: tl.constexpr,
+    WHOLE_TILES: tl.constexpr,  # there are at least ROWS rows
     DIM: tl.constexpr,
     PAD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -124,21 +127,30 @@ def _code_sweep_kernel(
     head = tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(2)
     inverse_temperature = 1.0 / tl.load(temperature_pointer).to(tl.float32)
-    scale = 2.0 * LOG2_E * inverse_temperature
-    mean_pointer += head * PAD
+    OPERAND: tl.constexpr = high_pointer.dtype.element_ty
+    SPLIT_CODEBOOK: tl.constexpr = low_pointer is not None
+    unit = 1.0  # of the prepared codes
+    high_pointer += head * padded_codes * PAD
+    half_norm_pointer += head * padded_codes
+    if low_pointer is not None:
+        low_pointer += head * padded_codes * PAD
+    if mean_pointer is not None:
+        mean_pointer += head * PAD
+    if scale_pointer is not None:
+        unit = tl.load(scale_pointer + head)
+    scale = 2.0 * LOG2_E * inverse_temperature * unit * unit
 
-    code_row = head * padded_codes + first
     codes = tl.arange(0, CODES)
     # [CODES, PAD]
-    code = load_codes(high_pointer + code_row * PAD, CODES, PAD)
-    if SPLIT_CODEBOOK:
-        code_low = load_codes(low_pointer + code_row * PAD, CODES, PAD)
+    code, code_low = load_codes(high_pointer, low_pointer, first, codes, PAD)
     # [CODES]
-    half_norm = tl.load(half_norm_pointer + code_row + codes)
+    half_norm = tl.load(half_norm_pointer + first + codes)
     if code_gradient_pointer is not None:
-        code_gradient = (
-            2.0 * inverse_temperature * tl.load(code_gradient_pointer + code_row + codes)
-        )
+        code_gradient_pointer += head * padded_codes + first
+        code_gradient = 2.0 * inverse_temperature * tl.load(code_gradient_pointer + codes)
+    operand_scale = 1.0  # what brings the terms into the range of float16
+    if largest_pointer is not None:
+        operand_scale = scale_of(tl.load(largest_pointer + head))
 
     # Σ_n over this range: of e or else p, [CODES]; of p·g and e·z, [CODES, PAD]
     column = tl.zeros([CODES], tl.float32)
@@ -146,49 +158,60 @@ def _code_sweep_kernel(
     begin = split_index.to(tl.int64) * rows_per_split
     end = tl.minimum(begin + rows_per_split, rows)
     z_pointer += head * head_stride
+    row_state_pointer += head * rows
     if values_pointer is not None:
         values_pointer += head * values_head_stride
     for start in tl.range(begin, end, ROWS, num_stages=STAGES):
-        rows_left = end - start
-        mask = tl.arange(0, ROWS) < rows_left
-        row = head * rows + start + tl.arange(0, ROWS)
+        # The last tile starts early enough to be whole: its first rows are then those of the tile
+        # before, and weigh nothing.
+        tile_start = start
+        if WHOLE_TILES:
+            tile_start = tl.minimum(start, rows - ROWS)
+        row = tile_start + tl.arange(0, ROWS)
+        mask = (row >= start) & (row < end)
+        rows_left = ROWS if WHOLE_TILES else rows
         # [ROWS, PAD]
-        z = load_rows(z_pointer + start * row_stride, row_stride, rows_left, ROWS, DIM, PAD)
-        z_high, z_low = split_latents(z, mean_pointer, CENTRE, SPLIT_LATENTS, OPERAND)
+        z = load_rows(z_pointer + tile_start * row_stride, row_stride, rows_left, ROWS, DIM, PAD)
+        z_high, z_low, z_scale = as_operand(z, mean_pointer, SPLIT_LATENTS, OPERAND)
         # [ROWS]; past the end every weight is 0, and finite the score it is multiplied with
         maximum = tl.load(row_state_pointer + row, mask=mask, other=-LOWEST)
         inverse_total = tl.load(row_state_pointer + heads * rows + row, mask=mask, other=0.0)
         # [CODES, ROWS]
-        product = dot(code, z_high.T, tl.zeros([CODES, ROWS], tl.float32))
-        if SPLIT_CODEBOOK:
-            product = dot(code_low, z_high.T, product)
-        if SPLIT_LATENTS:
-            product = dot(code, z_low.T, product)
-        relative = tl.fma(product - half_norm[:, None], scale, -maximum[None, :])
+        zeros = tl.zeros([CODES, ROWS], tl.float32)
+        product = split_dot(code, code_low, z_high.T, z_low.T, zeros, SPLIT_CODEBOOK, SPLIT_LATENTS)
+        score = tl.fma(product, (z_scale / unit)[None, :], -half_norm[:, None])
+        relative = tl.fma(score, scale, -maximum[None, :])
         p = tl.exp2(relative) * inverse_total[None, :]
 
         if values_pointer is not None:
             # [ROWS, PAD]
-            values = load_rows(values_pointer + start * values_row_stride, values_row_stride,
+            values = load_rows(values_pointer + tile_start * values_row_stride, values_row_stride,
                                rows_left, ROWS, DIM, PAD)  # fmt: skip
-            if values.dtype != OPERAND:
-                values = round_to(values, OPERAND)
-            sums = dot(round_to(p, OPERAND), values, sums)
+            value, value_low, value_scale = as_operand(values, None, SPLIT_ALL, OPERAND)
+            factor = (value_scale / operand_scale)[None, :]
+            p_high, p_low = weights_operand(p, factor, SPLIT_ALL, OPERAND)
+            sums = split_dot(p_high, p_low, value, value_low, sums, SPLIT_ALL, SPLIT_ALL)
         if row_shift_pointer is not None:
             # [CODES, ROWS]: (2/T)(a_nk − δ_n + λ_n), the factor costs nothing inside the fma
-            rise = -tl.load(row_shift_pointer + row, mask=mask, other=0.0)[None, :]
+            row_shift = tl.load(row_shift_pointer + head * rows + row, mask=mask, other=0.0)
+            rise = -row_shift[None, :]
             if values_pointer is not None:
-                along = dot(code, values.T, tl.zeros([CODES, ROWS], tl.float32))
-                rise = tl.fma(along, 2.0 * inverse_temperature, rise)
+                along = split_dot(
+                    code, code_low, value.T, value_low.T, zeros, SPLIT_ALL, SPLIT_ALL
+                )
+                factor = 2.0 * inverse_temperature * unit * value_scale
+                rise = tl.fma(along, factor[None, :], rise)
             if code_gradient_pointer is not None:
                 rise += code_gradient[:, None]
             if grad_entropy_pointer is not None:
-                grad_entropy = tl.load(grad_entropy_pointer + row, mask=mask, other=0.0)
+                grad_entropy = tl.load(grad_entropy_pointer + head * rows + row, mask=mask, other=0.0)
                 factor = -2.0 * LN_2 * inverse_temperature * grad_entropy
                 rise = tl.fma(relative, factor[None, :], rise)
             gradient = p * rise
             column += tl.sum(gradient, 1)
-            sums = dot(round_to(gradient, OPERAND), z_high, sums)
+            factor = (z_scale / operand_scale)[None, :]
+            gradient, gradient_low = weights_operand(gradient, factor, SPLIT_ALL, OPERAND)
+            sums = split_dot(gradient, gradient_low, z_high, z_low, sums, SPLIT_ALL, SPLIT_ALL)
         elif values_pointer is None:
             column += tl.sum(p, 1)
 
@@ -196,9 +219,13 @@ def _code_sweep_kernel(
     if row_shift_pointer is None and values_pointer is None:
         tl.store(partial_pointer + out + codes, column)
     else:
+        sums *= operand_scale
         if row_shift_pointer is not None:
+            code, code_low = load_codes(
+                high_pointer, low_pointer, first, codes, PAD, EVICT="evict_first"
+            )
             moved = code.to(tl.float32)
             if SPLIT_CODEBOOK:
                 moved += code_low.to(tl.float32)
-            sums -= column[:, None] * moved
+            sums -= (column * unit)[:, None] * moved
         store_rows(partial_pointer + out * PAD, PAD, CODES, sums, CODES, PAD, PAD)

@@ -12,17 +12,19 @@ from softvq.kernels.primitives import (
     LN_2,
     LOG2_E,
     LOWEST,
-    dot,
-    exact_best,
+    WEIGHT_SCALE,
+    as_operand,
+    best_quad,
+    lane_order,
+    lane_sum,
     load_codes,
     load_rows,
-    online_softmax,
-    packed_best,
-    round_to,
-    split_latents,
+    nearest_of_quad,
+    split_dot,
     store_rows,
+    weights_operand,
 )
-from softvq.kernels.prologue import TRITON_DTYPE, Arithmetic, PreparedCodebook
+from softvq.kernels.prologue import Arithmetic, PreparedCodebook
 
 
 class SoftForward(NamedTuple):
@@ -53,19 +55,13 @@ def launch(
         torch.empty_like(row),
         z.new_empty((2, heads, rows), dtype=torch.float32),
     )
-    parts = 2 if how.split_codebook else 1
-    tile = tiles.choose("forward", how.operand, dim, parts, tiles.shared_memory_limit(z.device))
+    tile = tiles.choose("forward", how.operands, dim, tiles.shared_memory_limit(z.device))
     if rows:
         _forward_kernel[(triton.cdiv(rows, tile.rows), heads)](
             *(z, *prepared, temperature, *out),
             *(z.stride(0), z.stride(1), rows, codes, prepared.high.shape[1]),
-            QUANTIZE=quantize,
-            # Wider rows leave no registers for it, and their products take longer anyway.
-            PACKED=how.operand.itemsize == 2 and not how.centre and dim <= 128,
-            CENTRE=how.centre,
             SPLIT_LATENTS=how.split_latents,
-            SPLIT_CODEBOOK=how.split_codebook,
-            OPERAND=TRITON_DTYPE[how.operand],
+            SPLIT_ALL=how.split_all,
             DIM=dim,
             PAD=tiles.padded_dim(dim),
             ROWS=tile.rows,
@@ -83,6 +79,7 @@ def _forward_kernel(
     low_pointer,
     half_norm_pointer,
     mean_pointer,
+    scale_pointer,
     temperature_pointer,
     quantized_pointer,
     indices_pointer,
@@ -94,12 +91,8 @@ def _forward_kernel(
     rows,
     codes,
     padded_codes,
-    QUANTIZE: tl.constexpr,
-    PACKED: tl.constexpr,
-    CENTRE: tl.constexpr,
     SPLIT_LATENTS: tl.constexpr,
-    SPLIT_CODEBOOK: tl.constexpr,
-    OPERAND: tl.constexpr,
+    SPLIT_ALL: tl.constexpr,
     DIM: tl.constexpr,
     PAD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -111,87 +104,97 @@ def _forward_kernel(
     head = tl.program_id(1).to(tl.int64)
     rows_left = rows - start
     inverse_temperature = 1.0 / tl.load(temperature_pointer).to(tl.float32)
-    scale = 2.0 * LOG2_E * inverse_temperature
+    OPERAND: tl.constexpr = high_pointer.dtype.element_ty
+    SPLIT_CODEBOOK: tl.constexpr = low_pointer is not None
+    unit = 1.0  # of the prepared codes
     high_pointer += head * padded_codes * PAD
-    low_pointer += head * padded_codes * PAD
     half_norm_pointer += head * padded_codes
-    mean_pointer += head * PAD
+    if low_pointer is not None:
+        low_pointer += head * padded_codes * PAD
+    if mean_pointer is not None:
+        mean_pointer += head * PAD
+    if scale_pointer is not None:
+        unit = tl.load(scale_pointer + head)
+    scale = 2.0 * LOG2_E * inverse_temperature * unit * unit
 
     # [ROWS, PAD]
-    z = load_rows(z_pointer + head * head_stride + start * row_stride, row_stride, rows_left,
-                  ROWS, DIM, PAD)  # fmt: skip
-    z_high, z_low = split_latents(z, mean_pointer, CENTRE, SPLIT_LATENTS, OPERAND)
-    # [ROWS, PAD], the latents as the products see them
-    z = z_high.to(tl.float32)
-    if SPLIT_LATENTS:
-        z += z_low.to(tl.float32)
-    # [ROWS]
-    squared_norm = tl.sum(z * z, 1)
-    # Packing an index needs scores below zero: −½‖z−c‖², and a little for the rounding of zero.
-    row_offset = 0.5001 * squared_norm + 1e-30
-
+    z_pointer += head * head_stride + start * row_stride
+    z = load_rows(z_pointer, row_stride, rows_left, ROWS, DIM, PAD)
+    z_high, z_low, z_scale = as_operand(z, mean_pointer, SPLIT_LATENTS, OPERAND)
     maximum = tl.full([ROWS], LOWEST, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    weighted = tl.zeros([ROWS], tl.float32)
-    best = tl.full([ROWS], LOWEST, tl.float32)
-    best_index = tl.zeros([ROWS], tl.int32)
+    # [ROWS, 8], by lane
+    total = tl.zeros([ROWS, 8], tl.float32)
+    weighted = tl.zeros([ROWS, 8], tl.float32)
+    best = tl.full([ROWS, 8], LOWEST, tl.float32)
+    best_block = tl.zeros([ROWS, 8], tl.int32)
     # [ROWS, PAD]
     sums = tl.zeros([ROWS, PAD], tl.float32)
+    order = lane_order(CODES)
     for first in tl.range(0, padded_codes, CODES, num_stages=STAGES):
         # [CODES, PAD]
-        code = load_codes(high_pointer + first * PAD, CODES, PAD)
+        code, code_low = load_codes(high_pointer, low_pointer, first, order, PAD)
         # [CODES]
-        half_norm = tl.load(half_norm_pointer + first + tl.arange(0, CODES))
+        half_norm = tl.load(half_norm_pointer + first + order)
         # [ROWS, CODES]
-        if PACKED:
-            base = -half_norm[None, :] - row_offset[:, None]
-        else:
-            base = tl.zeros([ROWS, CODES], tl.float32)
-        scores = dot(z_high, code.T, base)
-        if SPLIT_CODEBOOK:
-            code_low = load_codes(low_pointer + first * PAD, CODES, PAD)
-            scores = dot(z_high, code_low.T, scores)
-        if SPLIT_LATENTS:
-            scores = dot(z_low, code.T, scores)
-        # [ROWS]; the strict comparison keeps the lowest index of a tie
-        if PACKED:
-            tile_best, column = packed_best(scores, ROWS, CODES)
-        else:
-            scores -= half_norm[None, :]
-            tile_best, column = exact_best(scores, CODES)
-        best_index = tl.where(tile_best > best, first + column, best_index)
+        zeros = tl.zeros([ROWS, CODES], tl.float32)
+        product = split_dot(
+            z_high, z_low, code.T, code_low.T, zeros, SPLIT_LATENTS, SPLIT_CODEBOOK
+        )
+        scores = tl.fma(product, (z_scale / unit)[:, None], -half_norm[None, :])
+        # [ROWS, 8]; the strict comparison keeps the lowest index of a tie
+        tile_best, block = best_quad(scores)
+        best_block = tl.where(tile_best > best, first + block, best_block)
         best = tl.maximum(best, tile_best)
 
-        weights, factor, maximum, total, weighted = online_softmax(
-            scores, best * scale, scale, maximum, total, weighted
-        )
-        if QUANTIZE:
-            sums = dot(round_to(weights, OPERAND), code, sums * factor[:, None])
+        # [ROWS]
+        new_maximum = tl.max(best, 1) * scale
+        shift = maximum - new_maximum
+        factor = tl.exp2(shift)
+        maximum = new_maximum
+        # [ROWS, CODES]
+        relative = tl.fma(scores, scale, -maximum[:, None])
+        weights = tl.exp2(relative)
+        # The entropy's sum moves with the maximum it is relative to.
+        weighted = factor[:, None] * tl.fma(total, shift[:, None], weighted)
+        weighted += lane_sum(weights * relative)
+        total = tl.fma(total, factor[:, None], lane_sum(weights))
+        if quantized_pointer is not None:
+            weights, weights_low = weights_operand(weights, WEIGHT_SCALE, SPLIT_ALL, OPERAND)
+            if PAD <= 128:
+                # The matrix unit adds to scaled sums in place only by waiting after every step.
+                new = tl.zeros([ROWS, PAD], tl.float32)
+                new = split_dot(weights, weights_low, code, code_low, new, SPLIT_ALL, SPLIT_ALL)
+                sums = tl.fma(sums, tl.broadcast_to(factor[:, None], [ROWS, PAD]), new)
+            else:  # no registers for both
+                sums *= factor[:, None]
+                sums = split_dot(weights, weights_low, code, code_low, sums, SPLIT_ALL, SPLIT_ALL)
 
+    # [ROWS]: the lanes meet
+    total, weighted = tl.sum(total, 1), tl.sum(weighted, 1)
+    row = head * rows + start
+    if quantized_pointer is not None:
+        # [ROWS, PAD]
+        quantized = sums / total[:, None]
+        if OPERAND == tl.float16:
+            quantized *= unit / WEIGHT_SCALE
+        if mean_pointer is not None:
+            quantized += tl.load(mean_pointer + tl.arange(0, PAD))[None, :]
+        store_rows(quantized_pointer + row * DIM, DIM, rows_left, quantized, ROWS, DIM, PAD)
+
+    index, squared_distance = nearest_of_quad(
+        *(z_pointer, row_stride, rows_left, best, best_block),
+        *(high_pointer, low_pointer, mean_pointer, unit, codes, DIM, PAD),
+    )
+    log_total = tl.log2(total)
+    # The largest score is the nearest code's; `rounding` is what `maximum` is above it.
+    rounding = -tl.fma(tl.max(best, 1), scale, -maximum)
+    log_partition = LN_2 * (log_total + rounding) - squared_distance * inverse_temperature
+    entropy = LN_2 * (log_total - weighted / total)
     offsets = tl.arange(0, ROWS)
     mask = offsets < rows_left
-    row = head * rows + start
-    # A row of NaN has no best code; keep its index one that can be gathered.
-    best_index = tl.minimum(best_index, codes - 1)
-    if PACKED:
-        # Packed bits err by 2⁻¹⁹ of the score; where that alone makes every weight vanish, the
-        # best code is all there is.
-        lost = total < 1e-30
-        total = tl.where(lost, 1.0, total)
-        maximum += row_offset * scale
-        if QUANTIZE:
-            nearest = best_index[:, None] * PAD + tl.arange(0, PAD)[None, :]
-            nearest = tl.load(high_pointer + nearest, mask=lost[:, None], other=0.0)
-            sums = tl.where(lost[:, None], nearest.to(tl.float32), sums)
-    log_total = tl.log2(total)
-    log_partition = LN_2 * (maximum + log_total) - squared_norm * inverse_temperature
     tl.store(log_partition_pointer + row + offsets, log_partition, mask=mask)
-    entropy = LN_2 * (log_total - weighted / total)
     tl.store(entropy_pointer + row + offsets, entropy, mask=mask)
-    tl.store(indices_pointer + row + offsets, best_index.to(tl.int64), mask=mask)
+    tl.store(indices_pointer + row + offsets, index.to(tl.int64), mask=mask)
     tl.store(row_state_pointer + row + offsets, maximum, mask=mask)
     heads = tl.num_programs(1).to(tl.int64)
     tl.store(row_state_pointer + heads * rows + row + offsets, 1.0 / total, mask=mask)
-    if QUANTIZE:
-        quantized = sums / total[:, None] + tl.load(mean_pointer + tl.arange(0, PAD))[None, :]
-        store_rows(quantized_pointer + row * DIM, DIM, rows_left, quantized, ROWS, DIM, PAD)

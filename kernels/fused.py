@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from softvq.kernels import code_sweep, forward, row_gradients
 from softvq.kernels.nearest import nearest as nearest
+from softvq.kernels.primitives import LARGEST
 from softvq.kernels.prologue import PreparedCodebook, arithmetic, prepare
 
 
@@ -58,18 +59,18 @@ def soft_backward(
             saved = forward.launch(z, prepared, codes, temperature, how, quantize=True)
             quantized, row_state = saved.quantized, saved.row_state
         code_gradient = _code_gradient(grad_usage, z.shape[1], prepared)
-        grad_z, grad_temperature, row_shift = row_gradients.launch(
-            *(z, prepared, temperature, _unit_stride(quantized), row_state),
+        grads = row_gradients.launch(
+            *(z, prepared, temperature, quantized.contiguous(), row_state),
             *(grad_quantized, grad_log_partition, grad_entropy, code_gradient),
             *(how, needs_z, needs_temperature),
         )
         grad_codebook = None
         if needs_codebook:
             grad_codebook = code_sweep.launch(
-                *(z, prepared, codes, temperature, row_state),
-                *(grad_quantized, grad_entropy, code_gradient, row_shift, how),
+                *(z, prepared, codes, temperature, row_state, grad_quantized, how, grads.largest),
+                *(grad_entropy, code_gradient, grads.row_shift),
             ).to(codebook.dtype)
-    return grad_z, grad_codebook, grad_temperature
+    return grads.grad_z, grad_codebook, grads.grad_temperature
 
 
 def probability_sums(
@@ -90,8 +91,11 @@ def probability_sums(
             row_state = forward.launch(
                 z, prepared, codes, temperature, how, quantize=False
             ).row_state
+        largest = None
+        if values is not None and prepared.scale is not None:
+            largest = values.abs().amax((1, 2)).float() / LARGEST.value
         return code_sweep.launch(
-            z, prepared, codes, temperature, row_state, values, None, None, None, how
+            z, prepared, codes, temperature, row_state, values, how, largest
         )
 
 

@@ -116,7 +116,7 @@ def nearest(z: Tensor, codebook: Tensor, precision: Precision = "highest") -> Te
     split_operands = torch.float32 in (z.dtype, codebook.dtype) and precision != "medium"
     operand = torch.float32 if split_operands else torch.float16  # by its bytes
     limit = tiles.shared_memory_limit(z.device)
-    shape = tiles.choose("nearest", operand, dim, 1, limit)
+    shape = tiles.choose("nearest", "split" if split_operands else "plain", dim, limit)
     codes = prepare_codes(codebook, z.dtype, split_operands)
     indices = z.new_empty((heads, rows), dtype=torch.int64)
     with torch.cuda.device_of(z):

@@ -17,6 +17,11 @@ LN_2 = tl.constexpr(0.6931471805599453)
 PADDING_NORM = tl.constexpr(1e30)
 # Where a running maximum starts: below every score, and finite for the same reason.
 LOWEST = tl.constexpr(-1e38)
+# Float16 operands are scaled so that the largest element is at least this and less than twice it:
+# twelve bits below it a high and a low part still hold the 22 bits of both.
+LARGEST = tl.constexpr(2.0**13)
+# What brings weights from 0 to 1 into that range.
+WEIGHT_SCALE = tl.constexpr(2.0**14)
 
 
 @triton.jit
@@ -31,7 +36,7 @@ def round_to(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def dot(a: tl.tensor, b: tl.tensor, accumulator: tl.tensor) -> tl.tensor:
-    """a·b + accumulator in float32; float32 operands are split into three tf32 products.
+    """a·b + accumulator in float32.
 
     A matrix unit rounds a·b and (bᵀ·aᵀ)ᵀ alike, and the kernels rely on it where T is tiny; BLAS
     does not, so the interpreter sums in float64.
@@ -39,9 +44,26 @@ def dot(a: tl.tensor, b: tl.tensor, accumulator: tl.tensor) -> tl.tensor:
     if INTERPRETING:
         exact = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64)
         return exact.to(tl.float32) + accumulator
-    if a.dtype == tl.float32:
-        return tl.dot(a, b, accumulator, input_precision="tf32x3")
     return tl.dot(a, b, accumulator)
+
+
+@triton.jit
+def split_dot(
+    a: tl.tensor,
+    a_low: tl.tensor,
+    b: tl.tensor,
+    b_low: tl.tensor,
+    accumulator: tl.tensor,
+    SPLIT_A: tl.constexpr,
+    SPLIT_B: tl.constexpr,
+) -> tl.tensor:
+    """(a + a_low)·(b + b_low) + accumulator, without the low·low that float32 would round away."""
+    accumulator = dot(a, b, accumulator)
+    if SPLIT_B:
+        accumulator = dot(a, b_low, accumulator)
+    if SPLIT_A:
+        accumulator = dot(a_low, b, accumulator)
+    return accumulator
 
 
 @triton.jit
@@ -52,6 +74,13 @@ def split(x: tl.tensor, dtype: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
 
 
 @triton.jit
+def scale_of(largest: tl.tensor) -> tl.tensor:
+    """The power of two that brings `largest` (any shape, float32) to between 2^13 and 2^14."""
+    bits = tl.maximum(largest, 1e-30).to(tl.int32, bitcast=True) & 0x7F800000
+    return bits.to(tl.float32, bitcast=True) / LARGEST
+
+
+@triton.jit
 def load_rows(
     pointer: tl.tensor,
     stride: tl.tensor,
@@ -59,15 +88,21 @@ def load_rows(
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
     PAD: tl.constexpr,
+    EVICT: tl.constexpr = "",
 ) -> tl.tensor:
-    """Rows 0 … ROWS−1 of a matrix with unit column stride; zero past `rows_left` and past DIM."""
+    """Rows 0 … ROWS−1 of a matrix with unit column stride; zero past `rows_left` and past DIM.
+
+    EVICT="evict_first" marks the last use of rows that were loaded before. It also keeps the
+    compiler from holding them, or their addresses, in registers meanwhile.
+    """
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, PAD)
     mask = (rows < rows_left)[:, None]
     if PAD > DIM:
         mask = mask & (columns < DIM)[None, :]
-    # [ROWS, PAD]
-    return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+    # [ROWS, PAD]; 64 bits, for a view may have any stride
+    offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    return tl.load(pointer + offsets, mask=mask, other=0.0, eviction_policy=EVICT)
 
 
 @triton.jit
@@ -91,89 +126,159 @@ def store_rows(
 
 
 @triton.jit
-def load_codes(pointer: tl.tensor, CODES: tl.constexpr, PAD: tl.constexpr) -> tl.tensor:
-    """CODES rows of a prepared codebook: padded, so without a mask. [CODES, PAD]"""
-    codes = tl.arange(0, CODES)
-    return tl.load(pointer + codes[:, None] * PAD + tl.arange(0, PAD)[None, :])
+def load_codes(
+    high_pointer: tl.tensor,
+    low_pointer: tl.tensor | None,
+    first: tl.tensor,
+    codes: tl.tensor,
+    PAD: tl.constexpr,
+    EVICT: tl.constexpr = "",
+) -> tuple[tl.tensor, tl.tensor]:
+    """Codes first + codes [CODES] of a prepared codebook, high and low part, each [CODES, PAD].
+
+    It is padded, hence no mask; `low` repeats `high` where there is none. EVICT as in `load_rows`.
+    """
+    offsets = codes[:, None] * PAD + tl.arange(0, PAD)[None, :]
+    high = tl.load(high_pointer + first * PAD + offsets, eviction_policy=EVICT)
+    if low_pointer is not None:
+        return high, tl.load(low_pointer + first * PAD + offsets, eviction_policy=EVICT)
+    return high, high
 
 
 @triton.jit
-def split_latents(
-    z: tl.tensor,
-    mean_pointer: tl.tensor,
-    CENTRE: tl.constexpr,
-    SPLIT: tl.constexpr,
-    DTYPE: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """Latents as operands of the score product: (high, low) of dtype DTYPE.
+def as_operand(
+    x: tl.tensor, mean_pointer: tl.tensor | None, SPLIT: tl.constexpr, DTYPE: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Rows ready to be multiplied: x − mean = scale · (high + low).
 
-    z [ROWS, PAD] minus the codebook's mean where CENTRE; `low` repeats `high` unless SPLIT.
+    x [ROWS, PAD]; high and low are of DTYPE, and `low` repeats `high` unless SPLIT. scale [ROWS] is
+    a power of two for float16, and 1 for bfloat16, which needs none.
     """
-    if CENTRE:
-        z = z - tl.load(mean_pointer + tl.arange(0, z.shape[1]))[None, :]
+    scale = tl.full([x.shape[0]], 1.0, tl.float32)
+    if mean_pointer is not None:
+        x = x.to(tl.float32) - tl.load(mean_pointer + tl.arange(0, x.shape[1]))[None, :]
+    if DTYPE == tl.float16:
+        x = x.to(tl.float32)
+        scale = scale_of(tl.max(tl.abs(x), 1))
+        x /= scale[:, None]
+    if x.dtype == DTYPE:
+        return x, x, scale
     if SPLIT:
-        return split(z, DTYPE)
-    if z.dtype != DTYPE:
-        z = round_to(z, DTYPE)
-    return z, z
+        high, low = split(x, DTYPE)
+        return high, low, scale
+    high = round_to(x.to(tl.float32), DTYPE)
+    return high, high, scale
 
 
 @triton.jit
-def exact_best(scores: tl.tensor, CODES: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Largest of each row of scores [ROWS, CODES], and the first column that reaches it."""
-    best = tl.max(scores, 1)
-    column = tl.where(scores == best[:, None], tl.arange(0, CODES)[None, :], CODES)
-    return best, tl.min(column, 1)
+def restored(
+    high: tl.tensor, low: tl.tensor, scale: tl.tensor, SPLIT: tl.constexpr
+) -> tl.tensor:
+    """The rows [ROWS, PAD] as the products see them, float32."""
+    x = high.to(tl.float32)
+    if SPLIT:
+        x += low.to(tl.float32)
+    return x * scale[:, None]
 
 
 @triton.jit
-def packed_best(
-    scores: tl.tensor, ROWS: tl.constexpr, CODES: tl.constexpr
+def weights_operand(
+    x: tl.tensor, factor: tl.tensor, SPLIT: tl.constexpr, DTYPE: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """`exact_best` up to 2⁻¹⁹ relative, for scores below zero, in fewer instructions.
+    """x · factor as the left operand of a product, high and low; `low` repeats `high` unless SPLIT.
 
-    The lowest bits of a score make room for the index of its group of eight columns, and one
-    maximum finds both; of negative numbers the one with the lower index is the larger. Eight, since
-    these columns lie in the lanes of a matrix unit's result: what is left is little.
+    The factor brings x to the range of float16; bfloat16 needs none and ignores it.
     """
-    GROUPS: tl.constexpr = CODES // 8
-    # [ROWS, GROUPS, 8]
-    bits = tl.reshape(scores.to(tl.int32, bitcast=True), [ROWS, GROUPS, 8])
-    bits = (bits & -GROUPS) | tl.arange(0, GROUPS)[None, :, None]
-    # [ROWS, 8]
-    best_of_lane = tl.max(bits.to(tl.float32, bitcast=True), 1)
-    # [ROWS]
-    best = tl.max(best_of_lane, 1)
-    lane = tl.where(best_of_lane == best[:, None], tl.arange(0, 8)[None, :], 8)
-    bits = best.to(tl.int32, bitcast=True)
-    column = (bits & (GROUPS - 1)) * 8 + tl.min(lane, 1)
-    # Cleared bits round towards zero: no score is above this.
-    return (bits & -GROUPS).to(tl.float32, bitcast=True), column
+    if DTYPE == tl.float16:
+        x *= factor
+    if SPLIT:
+        return split(x, DTYPE)
+    high = round_to(x, DTYPE)
+    return high, high
+
+
+# A tile of scores lies in the threads as a matrix unit leaves it: eight lanes, and the columns
+# l, l+8, l+16 … of lane l in the same threads. What stays within a lane costs no exchange between
+# threads, so every reduction over the columns keeps one value a lane, [ROWS, 8], until the end.
 
 
 @triton.jit
-def online_softmax(
-    scores: tl.tensor,
-    new_maximum: tl.tensor,
-    scale: tl.tensor,
-    maximum: tl.tensor,
-    total: tl.tensor,
-    weighted: tl.tensor,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Fold a tile of scores into the running softmax of its rows, in base 2.
+def lane_order(CODES: tl.constexpr) -> tl.tensor:
+    """The order of a tile's codes that gives four consecutive ones, a quad, to one lane. [CODES]"""
+    column = tl.arange(0, CODES)
+    return column // 32 * 32 + column % 8 * 4 + column % 32 // 8
 
-    scores [ROWS, CODES], to be multiplied by `scale`. All of shape [ROWS]: the scaled `maximum`
-    before this tile and with it, `total` = Σ 2^(scaled − maximum) and
-    `weighted` = Σ 2^(scaled − maximum)·(scaled − maximum).
-    Returns the tile's weights [ROWS, CODES], the factor [ROWS] that brings earlier sums to the new
-    maximum, and the three updated statistics.
+
+@triton.jit
+def lane_sum(x: tl.tensor) -> tl.tensor:
+    """Sum over the columns of each lane: [ROWS, CODES] → [ROWS, 8]."""
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), 1)
+
+
+@triton.jit
+def best_quad(scores: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Of scores [ROWS, CODES] in lane order: each lane's best, and the lowest block of 32 codes
+    whose quad in this lane holds it, as its first code; both [ROWS, 8].
+
+    To look for the quad only, and inside it at the very end, saves half the comparisons.
     """
-    # [ROWS, CODES]
-    relative = tl.fma(scores, scale, -new_maximum[:, None])
-    weights = tl.exp2(relative)
-    shift = maximum - new_maximum
-    factor = tl.exp2(shift)
-    # The entropy's sum moves with the maximum it is relative to.
-    weighted = factor * tl.fma(total, shift, weighted) + tl.sum(weights * relative, 1)
-    total = tl.fma(total, factor, tl.sum(weights, 1))
-    return weights, factor, new_maximum, total, weighted
+    QUADS: tl.constexpr = scores.shape[1] // 32
+    # [ROWS, QUADS, 8]
+    quads = tl.max(tl.reshape(scores, [scores.shape[0], QUADS, 4, 8]), 2)
+    # [ROWS, 8]
+    best = tl.max(quads, 1)
+    block = 32 * tl.arange(0, QUADS)[None, :, None]
+    return best, tl.min(tl.where(quads == best[:, None, :], block, 32 * QUADS), 1)
+
+
+@triton.jit
+def nearest_of_quad(
+    z_pointer: tl.tensor,
+    row_stride: tl.tensor,
+    rows_left: tl.tensor,
+    best: tl.tensor,
+    block: tl.tensor,
+    high_pointer: tl.tensor,
+    low_pointer: tl.tensor | None,
+    mean_pointer: tl.tensor | None,
+    unit: tl.tensor,
+    codes: tl.tensor,
+    DIM: tl.constexpr,
+    PAD: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Index of each row's nearest code, the lowest of a tie, and its squared distance, [ROWS].
+
+    best and block [ROWS, 8] of `best_quad` over all tiles; codes are `unit` times what is stored.
+    The distance is that of the differences: ‖z‖² − 2z·c + ‖c‖² would cancel.
+    """
+    ROWS: tl.constexpr = best.shape[0]
+    CHUNK: tl.constexpr = min(PAD, 64)  # of the columns: few registers beside those of the caller
+    is_best = best == tl.max(best, 1)[:, None]
+    quad = block + 4 * tl.arange(0, 8)[None, :]
+    # A row of NaN has no best code; its index must be one that can be gathered.
+    quad = tl.min(tl.where(is_best, quad, codes - 1), 1)
+    rows = tl.arange(0, ROWS)
+    index = quad
+    nearest = tl.full([ROWS], float("inf"), tl.float32)
+    for candidate in range(4):
+        distance = tl.zeros([ROWS], tl.float32)
+        for first_column in range(0, PAD, CHUNK):
+            # [ROWS, CHUNK]
+            columns = (first_column + tl.arange(0, CHUNK))[None, :]
+            mask = (rows < rows_left)[:, None] & (columns < DIM)
+            z = tl.load(
+                z_pointer + rows.to(tl.int64)[:, None] * row_stride + columns, mask=mask, other=0.0
+            ).to(tl.float32)
+            offsets = (quad + candidate)[:, None] * PAD + columns
+            code = tl.load(high_pointer + offsets).to(tl.float32)
+            if low_pointer is not None:
+                code += tl.load(low_pointer + offsets).to(tl.float32)
+            code *= unit
+            if mean_pointer is not None:
+                z -= tl.load(mean_pointer + columns)
+            distance += tl.sum((z - code) * (z - code), 1)
+        # Padding is no code, however near.
+        closer = (distance < nearest) & (quad + candidate < codes)
+        index = tl.where(closer, quad + candidate, index)
+        nearest = tl.where(closer, distance, nearest)
+    return index, nearest

@@ -1,4 +1,4 @@
-"""The codebook as the kernels read it: centred, rounded, split, padded, with its norms."""
+"""The codebook as the kernels read it: centred, scaled, rounded, split, padded, with its norms."""
 
 from typing import NamedTuple
 
@@ -8,24 +8,30 @@ import triton.language as tl
 from torch import Tensor
 
 from softvq.kernels import tiles
-from softvq.kernels.primitives import PADDING_NORM, load_rows, round_to, split
+from softvq.kernels.primitives import LARGEST, PADDING_NORM, load_rows, split
 
 _CODES = 32  # codes per program
 
-TRITON_DTYPE = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-}
-
 
 class Arithmetic(NamedTuple):
-    """How the products of one call are computed."""
+    """How the products of one call are computed.
 
-    operand: torch.dtype  # of the products; float32 means three tf32 products
-    split_latents: bool  # the score product takes z as a high and a low part
+    Operands are bfloat16, with the range of a float32, or float16, with three more bits but a range
+    so short that whatever is multiplied must first be scaled by a power of two.
+    """
+
+    operand: torch.dtype
+    split_latents: bool  # z enters the scores as a high and a low part
     split_codebook: bool  # and the codes likewise
+    split_all: bool  # and so does every operand of every other product
     centre: bool  # subtract the codebook's mean first
+
+    @property
+    def operands(self) -> tiles.Operands:
+        """What the choice of a tile depends on."""
+        if self.split_all:
+            return "split"
+        return "split scores" if self.split_codebook else "plain"
 
 
 def arithmetic(z: Tensor, codebook: Tensor, precision: str) -> Arithmetic:
@@ -33,51 +39,68 @@ def arithmetic(z: Tensor, codebook: Tensor, precision: str) -> Arithmetic:
 
     Centring 16-bit latents would round them again, where their products are exact as they are.
     """
-    if z.dtype == torch.float32:
-        if precision == "highest":
-            return Arithmetic(torch.float32, False, False, True)
-        high = precision == "high"
-        return Arithmetic(torch.bfloat16, high, high, True)
-    return Arithmetic(z.dtype, False, codebook.dtype != z.dtype, False)
+    if z.dtype != torch.float32:
+        return Arithmetic(z.dtype, False, codebook.dtype != z.dtype, False, False)
+    if precision == "highest":
+        return Arithmetic(torch.float16, True, True, True, True)
+    high = precision == "high"
+    return Arithmetic(torch.bfloat16, high, high, False, True)
 
 
 class PreparedCodebook(NamedTuple):
-    """K and D are padded: to a multiple of the largest tile, and to a power of two from 16."""
+    """c = mean + scale · (high + low). K and D are padded: to a multiple of the largest tile, and
+    to a power of two from 16. None for what this arithmetic leaves out.
+    """
 
     high: Tensor  # (H, K, D), operand dtype
-    low: Tensor  # (H, K, D), what `high` leaves out; `high` itself when nothing is split
-    half_norm: Tensor  # (H, K) float32, ½‖c‖² of the rounded code, or PADDING_NORM
-    mean: Tensor  # (H, D) float32, zero without centring
+    low: Tensor | None  # (H, K, D)
+    half_norm: Tensor  # (H, K) float32, ½‖high + low‖², or PADDING_NORM
+    mean: Tensor | None  # (H, D) float32, as padded
+    scale: Tensor | None  # (H) float32, a power of two
 
 
 def prepare(codebook: Tensor, how: Arithmetic) -> PreparedCodebook:
-    """One small kernel over the codebook (H, K, D)."""
+    """One small kernel over the codebook (H, K, D), and reductions of it where it is moved."""
     heads, codes, dim = codebook.shape
     pad = tiles.padded_dim(dim)
     padded_codes = triton.cdiv(codes, tiles.CODE_MULTIPLE) * tiles.CODE_MULTIPLE
     if codebook.stride(2) != 1:
         codebook = codebook.contiguous()
-    high = codebook.new_empty((heads, padded_codes, pad), dtype=how.operand)
-    low = torch.empty_like(high) if how.split_codebook else high
-    half_norm = codebook.new_empty((heads, padded_codes), dtype=torch.float32)
-    mean = codebook.new_zeros((heads, pad), dtype=torch.float32)
+    mean = scale = None
     if how.centre:
+        mean = codebook.new_zeros((heads, pad), dtype=torch.float32)
         mean[:, :dim] = codebook.mean(1, dtype=torch.float32)
+    if how.operand == torch.float16:
+        scale = _scale(codebook, None if mean is None else mean[:, :dim])
+    high = codebook.new_empty((heads, padded_codes, pad), dtype=how.operand)
+    low = torch.empty_like(high) if how.split_codebook else None
+    half_norm = codebook.new_empty((heads, padded_codes), dtype=torch.float32)
     _prepare_kernel[(padded_codes // _CODES, heads)](
-        *(codebook, mean, high, low, half_norm),
+        *(codebook, mean, scale, high, low, half_norm),
         *(codebook.stride(0), codebook.stride(1), codes, padded_codes),
-        SPLIT=how.split_codebook,
         DIM=dim,
         PAD=pad,
         CODES=_CODES,
     )
-    return PreparedCodebook(high, low, half_norm, mean)
+    return PreparedCodebook(high, low, half_norm, mean, scale)
+
+
+def _scale(codebook: Tensor, mean: Tensor | None) -> Tensor:
+    """The power of two (H) that brings the codes' largest element to between 2^13 and 2^14."""
+    lowest, highest = codebook.amin(1).float(), codebook.amax(1).float()
+    if mean is not None:
+        lowest, highest = lowest - mean, highest - mean
+    largest = torch.maximum(highest, -lowest).amax(1)
+    # Below 1e-15 the square of the scale would leave float32.
+    bits = largest.clamp(min=1e-15).view(torch.int32) & 0x7F800000
+    return bits.view(torch.float32) / LARGEST.value
 
 
 @triton.jit
 def _prepare_kernel(
     codebook_pointer,
     mean_pointer,
+    scale_pointer,
     high_pointer,
     low_pointer,
     half_norm_pointer,
@@ -85,7 +108,6 @@ def _prepare_kernel(
     code_stride,
     codes,
     padded_codes,
-    SPLIT: tl.constexpr,
     DIM: tl.constexpr,
     PAD: tl.constexpr,
     CODES: tl.constexpr,
@@ -99,17 +121,21 @@ def _prepare_kernel(
     source = codebook_pointer + head * head_stride + start.to(tl.int64) * code_stride
     # [CODES, PAD]
     code = load_rows(source, code_stride, codes - start, CODES, DIM, PAD).to(tl.float32)
-    code -= tl.load(mean_pointer + head * PAD + dims)[None, :]
-    code = tl.where((offsets < codes)[:, None], code, 0.0)
-    if SPLIT:
-        high, low = split(code, high_pointer.dtype.element_ty)
-        tl.store(low_pointer + out, low)
-        code = high.to(tl.float32) + low.to(tl.float32)
-    else:
-        high = round_to(code, high_pointer.dtype.element_ty)
-        code = high.to(tl.float32)
+    if mean_pointer is not None:
+        code -= tl.load(mean_pointer + head * PAD + dims)[None, :]
+        code = tl.where((offsets < codes)[:, None], code, 0.0)
+    padding_norm = PADDING_NORM
+    if scale_pointer is not None:
+        scale = tl.load(scale_pointer + head)
+        code /= scale
+        padding_norm = tl.minimum(padding_norm / (scale * scale), 1e37)
+    high, low = split(code, high_pointer.dtype.element_ty)
     tl.store(high_pointer + out, high)
+    code = high.to(tl.float32)
+    if low_pointer is not None:
+        tl.store(low_pointer + out, low)
+        code += low.to(tl.float32)
     # The norm of what is multiplied, not of what was given: rounding then moves a code a little
     # instead of tilting its scores.
-    half_norm = tl.where(offsets < codes, 0.5 * tl.sum(code * code, 1), PADDING_NORM)
+    half_norm = tl.where(offsets < codes, 0.5 * tl.sum(code * code, 1), padding_norm)
     tl.store(half_norm_pointer + head * padded_codes + offsets, half_norm)

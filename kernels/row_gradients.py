@@ -4,6 +4,8 @@ It repeats the forward's scores. e_nk here still lacks the factor 1/Σ weights, 
 a whole row and joins at the end.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -11,17 +13,29 @@ from torch import Tensor
 
 from softvq.kernels import tiles
 from softvq.kernels.primitives import (
+    LARGEST,
     LN_2,
     LOG2_E,
     LOWEST,
-    dot,
+    as_operand,
     load_codes,
     load_rows,
-    round_to,
-    split_latents,
+    restored,
+    scale_of,
+    split_dot,
     store_rows,
+    weights_operand,
 )
-from softvq.kernels.prologue import TRITON_DTYPE, Arithmetic, PreparedCodebook
+from softvq.kernels.prologue import Arithmetic, PreparedCodebook
+
+
+class RowGradients(NamedTuple):
+    """What a launch leaves; None for what was not asked for."""
+
+    grad_z: Tensor | None  # (H, N, D), dtype of z
+    grad_temperature: Tensor | None  # (), float32
+    row_shift: Tensor  # (H, N) float32, (2/T)(δ − λ)
+    largest: Tensor | None  # (H) float32, of the terms of dC, where they have to be scaled
 
 
 def launch(
@@ -37,31 +51,33 @@ def launch(
     how: Arithmetic,
     needs_z: bool,
     needs_temperature: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """grad z (H, N, D), grad T (), and (2/T)(δ − λ) of each row (H, N).
-
-    z, quantized and grad_quantized (H, N, D) with unit stride along D; gradients of rows (H, N)
-    contiguous; code_gradient (H, padded K) is υ/N.
+) -> RowGradients:
+    """z and grad_quantized (H, N, D) with unit stride along D; quantized (H, N, D) and gradients of
+    rows (H, N) contiguous; code_gradient (H, padded K) is υ/N.
     """
     heads, rows, dim = z.shape
-    parts = 2 if how.split_codebook else 1
     memory = tiles.shared_memory_limit(z.device)
-    tile = tiles.choose("row_gradients", how.operand, dim, parts, memory)
+    tile = tiles.choose("row_gradients", how.operands, dim, memory)
     blocks = triton.cdiv(rows, tile.rows)
     row_shift = z.new_empty((heads, rows), dtype=torch.float32)
+    # One more block than there are, so that an empty batch has a sum and a maximum too.
+    block = z.new_zeros((heads, blocks + 1), dtype=torch.float32)
     grad_z = z.new_empty(z.shape) if needs_z else None
-    partial = z.new_empty((heads, blocks), dtype=torch.float32) if needs_temperature else None
+    grad_temperature = block.clone() if needs_temperature else None
+    largest = largest_usage = None
+    if prepared.scale is not None:
+        largest = block
+        if code_gradient is not None:
+            largest_usage = code_gradient.abs().amax(1)
     strides = (0, 0) if grad_quantized is None else grad_quantized.stride()[:2]
     if rows:
         _row_gradients_kernel[(blocks, heads)](
             *(z, *prepared, temperature, quantized, row_state),
-            *(grad_quantized, grad_log_partition, grad_entropy, code_gradient),
-            *(grad_z, partial, row_shift),
-            *(*z.stride()[:2], *quantized.stride()[:2], *strides, rows, prepared.high.shape[1]),
-            CENTRE=how.centre,
+            *(grad_quantized, grad_log_partition, grad_entropy, code_gradient, largest_usage),
+            *(grad_z, grad_temperature, row_shift, largest),
+            *(*z.stride()[:2], *strides, rows, prepared.high.shape[1]),
             SPLIT_LATENTS=how.split_latents,
-            SPLIT_CODEBOOK=how.split_codebook,
-            OPERAND=TRITON_DTYPE[how.operand],
+            SPLIT_ALL=how.split_all,
             DIM=dim,
             PAD=tiles.padded_dim(dim),
             ROWS=tile.rows,
@@ -69,7 +85,12 @@ def launch(
             STAGES=tile.stages,
             num_warps=tile.warps,
         )
-    return grad_z, None if partial is None else partial.sum(), row_shift
+    return RowGradients(
+        grad_z,
+        None if grad_temperature is None else grad_temperature.sum(),
+        row_shift,
+        None if largest is None else largest.amax(1),
+    )
 
 
 @triton.jit
@@ -79,28 +100,27 @@ def _row_gradients_kernel(
     low_pointer,
     half_norm_pointer,
     mean_pointer,
+    scale_pointer,
     temperature_pointer,
     quantized_pointer,
     row_state_pointer,
-    grad_quantized_pointer,  # from here to row_shift, None switches the part off
+    grad_quantized_pointer,  # from here to largest, None switches the part off
     grad_log_partition_pointer,
     grad_entropy_pointer,
     code_gradient_pointer,
+    largest_usage_pointer,
     grad_z_pointer,
     grad_temperature_pointer,
     row_shift_pointer,
+    largest_pointer,
     head_stride,
     row_stride,
-    quantized_head_stride,
-    quantized_row_stride,
     grad_head_stride,
     grad_row_stride,
     rows,
     padded_codes,
-    CENTRE: tl.constexpr,
     SPLIT_LATENTS: tl.constexpr,
-    SPLIT_CODEBOOK: tl.constexpr,
-    OPERAND: tl.constexpr,
+    SPLIT_ALL: tl.constexpr,
     DIM: tl.constexpr,
     PAD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -110,69 +130,87 @@ def _row_gradients_kernel(
     """One program: ROWS latents of one head against all codes."""
     start = tl.program_id(0).to(tl.int64) * ROWS
     head = tl.program_id(1).to(tl.int64)
+    block = head * (tl.num_programs(0) + 1) + tl.program_id(0)
     rows_left = rows - start
     inverse_temperature = 1.0 / tl.load(temperature_pointer).to(tl.float32)
-    scale = 2.0 * LOG2_E * inverse_temperature
+    OPERAND: tl.constexpr = high_pointer.dtype.element_ty
+    SPLIT_CODEBOOK: tl.constexpr = low_pointer is not None
+    unit = 1.0  # of the prepared codes
     high_pointer += head * padded_codes * PAD
-    low_pointer += head * padded_codes * PAD
     half_norm_pointer += head * padded_codes
-    mean_pointer += head * PAD
+    if low_pointer is not None:
+        low_pointer += head * padded_codes * PAD
+    if mean_pointer is not None:
+        mean_pointer += head * PAD
+    if scale_pointer is not None:
+        unit = tl.load(scale_pointer + head)
+    if code_gradient_pointer is not None:
+        code_gradient_pointer += head * padded_codes
+    scale = 2.0 * LOG2_E * inverse_temperature * unit * unit
     offsets = tl.arange(0, ROWS)
     mask = offsets < rows_left
     row = head * rows + start + offsets
 
     # [ROWS, PAD]
-    z = load_rows(z_pointer + head * head_stride + start * row_stride, row_stride, rows_left,
-                  ROWS, DIM, PAD)  # fmt: skip
-    z_high, z_low = split_latents(z, mean_pointer, CENTRE, SPLIT_LATENTS, OPERAND)
-    quantized_pointer += head * quantized_head_stride + start * quantized_row_stride
+    z_pointer += head * head_stride + start * row_stride
+    z = load_rows(z_pointer, row_stride, rows_left, ROWS, DIM, PAD)
+    z_high, z_low, z_scale = as_operand(z, mean_pointer, SPLIT_LATENTS, OPERAND)
+    quantized_pointer += (head * rows + start) * DIM
     # [ROWS]; past the end every weight is 0, and finite the score it is multiplied with
     maximum = tl.load(row_state_pointer + row, mask=mask, other=-LOWEST)
     heads = tl.num_programs(1).to(tl.int64)
     inverse_total = tl.load(row_state_pointer + heads * rows + row, mask=mask, other=0.0)
     delta = tl.zeros([ROWS], tl.float32)
+    # No weighted |a_nk − δ_n| is above it.
+    bound = tl.zeros([ROWS], tl.float32)
     if grad_quantized_pointer is not None:
         # [ROWS, PAD]
         grad = load_rows(
             grad_quantized_pointer + head * grad_head_stride + start * grad_row_stride,
             grad_row_stride, rows_left, ROWS, DIM, PAD)  # fmt: skip
-        if grad.dtype != OPERAND:
-            grad = round_to(grad, OPERAND)
-        quantized = load_rows(quantized_pointer, quantized_row_stride, rows_left, ROWS, DIM, PAD)
-        quantized = quantized.to(tl.float32) - tl.load(mean_pointer + tl.arange(0, PAD))[None, :]
-        delta = tl.sum(grad.to(tl.float32) * quantized, 1)
+        grad_high, grad_low, grad_scale = as_operand(grad, None, SPLIT_ALL, OPERAND)
+        grad = restored(grad_high, grad_low, grad_scale, SPLIT_ALL)
+        quantized = load_rows(quantized_pointer, DIM, rows_left, ROWS, DIM, PAD).to(tl.float32)
+        if mean_pointer is not None:
+            quantized -= tl.load(mean_pointer + tl.arange(0, PAD))[None, :]
+        delta = tl.sum(grad * quantized, 1)
+        bound += 4.0 * LARGEST * unit * tl.sum(tl.abs(grad), 1)
     if grad_entropy_pointer is not None:
         entropy_factor = LN_2 * tl.load(grad_entropy_pointer + row, mask=mask, other=0.0)
+        bound += tl.abs(entropy_factor)  # x·2^x is above −0.54
+    if largest_usage_pointer is not None:
+        bound += tl.load(largest_usage_pointer + head)
+    # What brings it into the range of float16.
+    operand_scale = scale_of(bound)
 
     # sigma: what Σ_k e_nk is left with, because delta comes from a rounded q or lacks a part
     sigma = tl.zeros([ROWS], tl.float32)
     # Σ_k e·score and Σ_k weight·score, for dT
     gradient_score = tl.zeros([ROWS], tl.float32)
     mean_score = tl.zeros([ROWS], tl.float32)
+    largest = tl.zeros([ROWS], tl.float32)
     # [ROWS, PAD]
     pull = tl.zeros([ROWS, PAD], tl.float32)
+    tile_codes = tl.arange(0, CODES)
     for first in tl.range(0, padded_codes, CODES, num_stages=STAGES):
         # [CODES, PAD]
-        code = load_codes(high_pointer + first * PAD, CODES, PAD)
+        code, code_low = load_codes(high_pointer, low_pointer, first, tile_codes, PAD)
         # [CODES]
-        half_norm = tl.load(half_norm_pointer + first + tl.arange(0, CODES))
+        half_norm = tl.load(half_norm_pointer + first + tile_codes)
         # [ROWS, CODES]
-        product = dot(z_high, code.T, tl.zeros([ROWS, CODES], tl.float32))
-        if SPLIT_CODEBOOK:
-            code_low = load_codes(low_pointer + first * PAD, CODES, PAD)
-            product = dot(z_high, code_low.T, product)
-        if SPLIT_LATENTS:
-            product = dot(z_low, code.T, product)
-        relative = tl.fma(product - half_norm[None, :], scale, -maximum[:, None])
+        zeros = tl.zeros([ROWS, CODES], tl.float32)
+        product = split_dot(z_high, z_low, code.T, code_low.T, zeros, SPLIT_LATENTS, SPLIT_CODEBOOK)
+        score = tl.fma(product, (z_scale / unit)[:, None], -half_norm[None, :])
+        relative = tl.fma(score, scale, -maximum[:, None])
         weights = tl.exp2(relative)
 
         # [ROWS, CODES]: a_nk − δ_n
-        rise = tl.zeros([ROWS, CODES], tl.float32)
+        rise = zeros
         if grad_quantized_pointer is not None:
-            rise = dot(grad, code.T, rise)
+            along = split_dot(grad_high, grad_low, code.T, code_low.T, zeros, SPLIT_ALL, SPLIT_ALL)
+            rise = along * (grad_scale * unit)[:, None]
         if code_gradient_pointer is not None:
-            codes = head * padded_codes + first + tl.arange(0, CODES)
-            rise += tl.load(code_gradient_pointer + codes)[None, :]
+            rise += tl.load(code_gradient_pointer + first + tile_codes)[None, :]
         if grad_entropy_pointer is not None:
             rise = tl.fma(relative, -entropy_factor[:, None], rise)
         gradient = weights * (rise - delta[:, None])
@@ -180,20 +218,34 @@ def _row_gradients_kernel(
         if grad_temperature_pointer is not None:
             gradient_score += tl.sum(gradient * relative, 1)
             mean_score += tl.sum(weights * relative, 1)
+        if largest_pointer is not None:
+            largest = tl.maximum(largest, tl.max(tl.abs(gradient), 1))
         if grad_z_pointer is not None:
-            pull = dot(round_to(gradient, OPERAND), code, pull)
+            gradient, gradient_low = weights_operand(
+                gradient, (1.0 / operand_scale)[:, None], SPLIT_ALL, OPERAND
+            )
+            pull = split_dot(gradient, gradient_low, code, code_low, pull, SPLIT_ALL, SPLIT_ALL)
 
     sigma *= inverse_total
     shift = delta + sigma
     if grad_log_partition_pointer is not None:
         grad_log_partition = tl.load(grad_log_partition_pointer + row, mask=mask, other=0.0)
         shift -= grad_log_partition
+        # [ROWS, PAD], the latents as the products saw them
+        z = load_rows(z_pointer, row_stride, rows_left, ROWS, DIM, PAD, EVICT="evict_first")
+        z_high, z_low, z_scale = as_operand(z, mean_pointer, SPLIT_LATENTS, OPERAND)
+        z = restored(z_high, z_low, z_scale, SPLIT_LATENTS)
     tl.store(row_shift_pointer + row, 2.0 * inverse_temperature * shift, mask=mask)
 
-    # [ROWS, PAD], the latents as the products saw them
-    z = z_high.to(tl.float32)
-    if SPLIT_LATENTS:
-        z += z_low.to(tl.float32)
+    if largest_pointer is not None:
+        # [ROWS]: dC adds up p·g and e·z; no p or e has a larger factor before the scaled g or z
+        largest = largest * inverse_total + tl.abs(sigma)
+        if grad_log_partition_pointer is not None:
+            largest += tl.abs(grad_log_partition)
+        largest *= 2.0 * inverse_temperature * z_scale
+        if grad_quantized_pointer is not None:
+            largest = tl.maximum(largest, grad_scale)
+        tl.store(largest_pointer + block, tl.max(tl.where(mask, largest, 0.0)))
     if grad_temperature_pointer is not None:
         mean_score *= inverse_total
         change = LN_2 * (gradient_score * inverse_total - sigma * mean_score)
@@ -201,11 +253,16 @@ def _row_gradients_kernel(
             best = LN_2 * maximum - tl.sum(z * z, 1) * inverse_temperature
             change += grad_log_partition * (best + LN_2 * mean_score)
         change = -inverse_temperature * tl.sum(tl.where(mask, change, 0.0))
-        blocks = tl.num_programs(0)
-        tl.store(grad_temperature_pointer + head * blocks + tl.program_id(0), change)
+        tl.store(grad_temperature_pointer + block, change)
     if grad_z_pointer is not None:
-        quantized = load_rows(quantized_pointer, quantized_row_stride, rows_left, ROWS, DIM, PAD)
-        quantized = quantized.to(tl.float32) - tl.load(mean_pointer + tl.arange(0, PAD))[None, :]
+        # [ROWS, PAD]
+        quantized = load_rows(
+            quantized_pointer, DIM, rows_left, ROWS, DIM, PAD, EVICT="evict_first"
+        ).to(tl.float32)
+        if mean_pointer is not None:
+            quantized -= tl.load(mean_pointer + tl.arange(0, PAD))[None, :]
+        if OPERAND == tl.float16:
+            pull *= (operand_scale * unit)[:, None]
         pull = pull * inverse_total[:, None] - sigma[:, None] * quantized
         if grad_log_partition_pointer is not None:
             pull += grad_log_partition[:, None] * (quantized - z)
