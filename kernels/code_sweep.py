@@ -22,6 +22,7 @@ from softvq.kernels.primitives import (
     scale_of,
     split_dot,
     store_rows,
+    tile_start,
     weights_operand,
 )
 from softvq.kernels.prologue import Arithmetic, PreparedCodebook
@@ -162,16 +163,12 @@ def _code_sweep_kernel(
     if values_pointer is not None:
         values_pointer += head * values_head_stride
     for start in tl.range(begin, end, ROWS, num_stages=STAGES):
-        # The last tile starts early enough to be whole: its first rows are then those of the tile
-        # before, and weigh nothing.
-        tile_start = start
-        if WHOLE_TILES:
-            tile_start = tl.minimum(start, rows - ROWS)
-        row = tile_start + tl.arange(0, ROWS)
+        first_row = tile_start(start, rows, ROWS, WHOLE_TILES)
+        row = first_row + tl.arange(0, ROWS)
         mask = (row >= start) & (row < end)
         rows_left = ROWS if WHOLE_TILES else rows
         # [ROWS, PAD]
-        z = load_rows(z_pointer + tile_start * row_stride, row_stride, rows_left, ROWS, DIM, PAD)
+        z = load_rows(z_pointer + first_row * row_stride, row_stride, rows_left, ROWS, DIM, PAD)
         z_high, z_low, z_scale = as_operand(z, mean_pointer, SPLIT_LATENTS, OPERAND)
         # [ROWS]; past the end every weight is 0, and finite the score it is multiplied with
         maximum = tl.load(row_state_pointer + row, mask=mask, other=-LOWEST)
@@ -185,7 +182,7 @@ def _code_sweep_kernel(
 
         if values_pointer is not None:
             # [ROWS, PAD]
-            values = load_rows(values_pointer + tile_start * values_row_stride, values_row_stride,
+            values = load_rows(values_pointer + first_row * values_row_stride, values_row_stride,
                                rows_left, ROWS, DIM, PAD)  # fmt: skip
             value, value_low, value_scale = as_operand(values, None, SPLIT_ALL, OPERAND)
             factor = (value_scale / operand_scale)[None, :]

@@ -22,6 +22,7 @@ from softvq.kernels.primitives import (
     nearest_of_quad,
     split_dot,
     store_rows,
+    tile_start,
     weights_operand,
 )
 from softvq.kernels.prologue import Arithmetic, PreparedCodebook
@@ -62,6 +63,7 @@ def launch(
             *(z.stride(0), z.stride(1), rows, codes, prepared.high.shape[1]),
             SPLIT_LATENTS=how.split_latents,
             SPLIT_ALL=how.split_all,
+            WHOLE_TILES=rows >= tile.rows,
             DIM=dim,
             PAD=tiles.padded_dim(dim),
             ROWS=tile.rows,
@@ -93,6 +95,7 @@ def _forward_kernel(
     padded_codes,
     SPLIT_LATENTS: tl.constexpr,
     SPLIT_ALL: tl.constexpr,
+    WHOLE_TILES: tl.constexpr,
     DIM: tl.constexpr,
     PAD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -100,9 +103,9 @@ def _forward_kernel(
     STAGES: tl.constexpr,
 ):
     """One program: ROWS latents of one head against all codes."""
-    start = tl.program_id(0).to(tl.int64) * ROWS
+    start = tile_start(tl.program_id(0).to(tl.int64) * ROWS, rows, ROWS, WHOLE_TILES)
+    rows_left = ROWS if WHOLE_TILES else rows - start
     head = tl.program_id(1).to(tl.int64)
-    rows_left = rows - start
     inverse_temperature = 1.0 / tl.load(temperature_pointer).to(tl.float32)
     OPERAND: tl.constexpr = high_pointer.dtype.element_ty
     SPLIT_CODEBOOK: tl.constexpr = low_pointer is not None

@@ -81,6 +81,20 @@ def scale_of(largest: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def tile_start(
+    first: tl.tensor, rows: tl.tensor, ROWS: tl.constexpr, WHOLE_TILES: tl.constexpr
+) -> tl.tensor:
+    """Where the tile of rows begins that is due at row `first`.
+
+    With WHOLE_TILES, where there are at least ROWS rows, the last one begins early enough to be
+    whole, so that nothing needs a mask; it then repeats rows of the tile before.
+    """
+    if WHOLE_TILES:
+        first = tl.minimum(first, rows - ROWS)
+    return first
+
+
+@triton.jit
 def load_rows(
     pointer: tl.tensor,
     stride: tl.tensor,
@@ -123,6 +137,35 @@ def store_rows(
         mask = mask & (columns < DIM)[None, :]
     x = round_to(x, pointer.dtype.element_ty)
     tl.store(pointer + rows[:, None] * stride + columns[None, :], x, mask=mask)
+
+
+@triton.jit
+def row_dots(
+    a_pointer: tl.tensor,
+    a_stride: tl.tensor,
+    b_pointer: tl.tensor,
+    b_stride: tl.tensor,
+    mean_pointer: tl.tensor | None,
+    rows_left: tl.tensor,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAD: tl.constexpr,
+) -> tl.tensor:
+    """Σ_d a·(b − mean) of each row, [ROWS], in float32; a few columns at a time spare registers."""
+    CHUNK: tl.constexpr = min(PAD, 64)
+    dots = tl.zeros([ROWS], tl.float32)
+    rows = tl.arange(0, ROWS)[:, None]
+    for first in range(0, PAD, CHUNK):
+        # [ROWS, CHUNK]
+        columns = (first + tl.arange(0, CHUNK))[None, :]
+        mask = (rows < rows_left) & (columns < DIM)
+        a = tl.load(a_pointer + rows.to(tl.int64) * a_stride + columns, mask=mask, other=0.0)
+        b = tl.load(b_pointer + rows.to(tl.int64) * b_stride + columns, mask=mask, other=0.0)
+        b = b.to(tl.float32)
+        if mean_pointer is not None:
+            b -= tl.load(mean_pointer + columns)
+        dots += tl.sum(a.to(tl.float32) * b, 1)
+    return dots
 
 
 @triton.jit

@@ -21,9 +21,11 @@ from softvq.kernels.primitives import (
     load_codes,
     load_rows,
     restored,
+    row_dots,
     scale_of,
     split_dot,
     store_rows,
+    tile_start,
     weights_operand,
 )
 from softvq.kernels.prologue import Arithmetic, PreparedCodebook
@@ -78,6 +80,7 @@ def launch(
             *(*z.stride()[:2], *strides, rows, prepared.high.shape[1]),
             SPLIT_LATENTS=how.split_latents,
             SPLIT_ALL=how.split_all,
+            WHOLE_TILES=rows >= tile.rows,
             DIM=dim,
             PAD=tiles.padded_dim(dim),
             ROWS=tile.rows,
@@ -121,6 +124,7 @@ def _row_gradients_kernel(
     padded_codes,
     SPLIT_LATENTS: tl.constexpr,
     SPLIT_ALL: tl.constexpr,
+    WHOLE_TILES: tl.constexpr,
     DIM: tl.constexpr,
     PAD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -128,10 +132,10 @@ def _row_gradients_kernel(
     STAGES: tl.constexpr,
 ):
     """One program: ROWS latents of one head against all codes."""
-    start = tl.program_id(0).to(tl.int64) * ROWS
+    start = tile_start(tl.program_id(0).to(tl.int64) * ROWS, rows, ROWS, WHOLE_TILES)
+    rows_left = ROWS if WHOLE_TILES else rows - start
     head = tl.program_id(1).to(tl.int64)
     block = head * (tl.num_programs(0) + 1) + tl.program_id(0)
-    rows_left = rows - start
     inverse_temperature = 1.0 / tl.load(temperature_pointer).to(tl.float32)
     OPERAND: tl.constexpr = high_pointer.dtype.element_ty
     SPLIT_CODEBOOK: tl.constexpr = low_pointer is not None
@@ -164,17 +168,15 @@ def _row_gradients_kernel(
     # No weighted |a_nk − δ_n| is above it.
     bound = tl.zeros([ROWS], tl.float32)
     if grad_quantized_pointer is not None:
+        grad_quantized_pointer += head * grad_head_stride + start * grad_row_stride
+        delta = row_dots(
+            *(grad_quantized_pointer, grad_row_stride, quantized_pointer, DIM, mean_pointer),
+            *(rows_left, ROWS, DIM, PAD),
+        )
         # [ROWS, PAD]
-        grad = load_rows(
-            grad_quantized_pointer + head * grad_head_stride + start * grad_row_stride,
-            grad_row_stride, rows_left, ROWS, DIM, PAD)  # fmt: skip
+        grad = load_rows(grad_quantized_pointer, grad_row_stride, rows_left, ROWS, DIM, PAD)
         grad_high, grad_low, grad_scale = as_operand(grad, None, SPLIT_ALL, OPERAND)
-        grad = restored(grad_high, grad_low, grad_scale, SPLIT_ALL)
-        quantized = load_rows(quantized_pointer, DIM, rows_left, ROWS, DIM, PAD).to(tl.float32)
-        if mean_pointer is not None:
-            quantized -= tl.load(mean_pointer + tl.arange(0, PAD))[None, :]
-        delta = tl.sum(grad * quantized, 1)
-        bound += 4.0 * LARGEST * unit * tl.sum(tl.abs(grad), 1)
+        bound += 4.0 * LARGEST * unit * tl.sum(tl.abs(grad.to(tl.float32)), 1)
     if grad_entropy_pointer is not None:
         entropy_factor = LN_2 * tl.load(grad_entropy_pointer + row, mask=mask, other=0.0)
         bound += tl.abs(entropy_factor)  # x·2^x is above −0.54
@@ -252,13 +254,12 @@ def _row_gradients_kernel(
         if grad_log_partition_pointer is not None:
             best = LN_2 * maximum - tl.sum(z * z, 1) * inverse_temperature
             change += grad_log_partition * (best + LN_2 * mean_score)
-        change = -inverse_temperature * tl.sum(tl.where(mask, change, 0.0))
+        counted = mask & (start + offsets >= tl.program_id(0) * ROWS)
+        change = -inverse_temperature * tl.sum(tl.where(counted, change, 0.0))
         tl.store(grad_temperature_pointer + block, change)
     if grad_z_pointer is not None:
         # [ROWS, PAD]
-        quantized = load_rows(
-            quantized_pointer, DIM, rows_left, ROWS, DIM, PAD, EVICT="evict_first"
-        ).to(tl.float32)
+        quantized = load_rows(quantized_pointer, DIM, rows_left, ROWS, DIM, PAD).to(tl.float32)
         if mean_pointer is not None:
             quantized -= tl.load(mean_pointer + tl.arange(0, PAD))[None, :]
         if OPERAND == tl.float16:
