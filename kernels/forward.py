@@ -89,7 +89,7 @@ def _forward_kernel(
     entropy_pointer,
     row_state_pointer,
     head_stride,
-    row_stride,
+    row_stride: tl.constexpr,
     rows,
     codes,
     padded_codes,
@@ -158,8 +158,8 @@ def _forward_kernel(
         relative = tl.fma(scores, scale, -maximum[:, None])
         weights = tl.exp2(relative)
         # The entropy's sum moves with the maximum it is relative to.
-        weighted = factor[:, None] * tl.fma(total, shift[:, None], weighted)
-        weighted += lane_sum(weights * relative)
+        weighted = tl.fma(total, shift[:, None], weighted)
+        weighted = tl.fma(weighted, factor[:, None], lane_sum(weights * relative))
         total = tl.fma(total, factor[:, None], lane_sum(weights))
         if quantized_pointer is not None:
             weights, weights_low = weights_operand(weights, WEIGHT_SCALE, SPLIT_ALL, OPERAND)

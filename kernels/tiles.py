@@ -70,3 +70,8 @@ def choose(kernel: Kernel, operands: Operands, dim: int, shared_memory: int) -> 
     if shared_memory < _HOPPER_SHARED_MEMORY:
         row = _BEFORE_HOPPER.get((kernel, operands), row)
     return row[max(0, padded_dim(dim).bit_length() - 7)]
+
+
+def every_choice() -> list[Tile]:
+    """All that `choose` can answer."""
+    return [tile for table in (_TABLE, _BEFORE_HOPPER) for row in table.values() for tile in row]
