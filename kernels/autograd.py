@@ -29,7 +29,7 @@ class SoftQuantize(torch.autograd.Function):
         quantized, indices, log_partition, entropy, row_state = operators.soft_forward(
             z, codebook, temperature, precision, backend
         )
-        saved = (quantized, row_state) if backend == "triton" else (None, None)
+        saved = (quantized, indices, row_state) if backend == "triton" else (None,) * 3
         if straight_through:
             dim = codebook.shape[2]
             rows = indices[..., None].expand(-1, -1, dim)
@@ -54,13 +54,13 @@ class SoftQuantize(torch.autograd.Function):
         grad_entropy: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         """Gradients of z, codebook and temperature; None for what nobody asked for."""
-        *inputs, quantized, row_state = ctx.saved_tensors
+        *inputs, quantized, indices, row_state = ctx.saved_tensors
         needs, how = ctx.needs_input_grad[:3], (ctx.precision, ctx.backend)
         if not ctx.detach_probabilities:
             grads = operators.soft_backward(
                 *inputs,
                 *(grad_quantized, grad_log_partition, grad_entropy, None),
-                *(*needs, quantized, row_state, *how),
+                *(*needs, quantized, indices, row_state, *how),
             )
             return *_only_needed(grads, needs), None, None, None, None
         grad_codebook = None
@@ -93,7 +93,7 @@ class CodeUsage(torch.autograd.Function):
         """Gradients of z, codebook and temperature; None for what nobody asked for."""
         inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
         incoming = (None, None, None, grad_usage)
-        rest = (*needs, None, None, ctx.precision, ctx.backend)
+        rest = (*needs, None, None, None, ctx.precision, ctx.backend)
         grads = operators.soft_backward(*inputs, *incoming, *rest)
         return *_only_needed(grads, needs), None, None
 

@@ -40,13 +40,14 @@ def soft_backward(
     needs_codebook: bool,
     needs_temperature: bool,
     quantized: Tensor | None = None,
+    indices: Tensor | None = None,
     row_state: Tensor | None = None,
     precision: str = "highest",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of z, codebook and temperature for the gradients given.
 
-    `quantized` and `row_state` are the forward's; without them it runs again. A missing incoming
-    gradient is zero; an outgoing one that is not needed is None.
+    `quantized`, `indices` and `row_state` are the forward's; without them it runs again. A missing
+    incoming gradient is zero; an outgoing one that is not needed is None.
     """
     how = arithmetic(z, codebook, precision)
     codes = codebook.shape[1]
@@ -55,12 +56,12 @@ def soft_backward(
         grad_log_partition = _float32_rows(grad_log_partition)
         grad_entropy = _float32_rows(grad_entropy)
         prepared = prepare(codebook, how)
-        if quantized is None or row_state is None:
+        if row_state is None:
             saved = forward.launch(z, prepared, codes, temperature, how, quantize=True)
-            quantized, row_state = saved.quantized, saved.row_state
+            quantized, indices, row_state = saved.quantized, saved.indices, saved.row_state
         code_gradient = _code_gradient(grad_usage, z.shape[1], prepared)
         grads = row_gradients.launch(
-            *(z, prepared, temperature, quantized.contiguous(), row_state),
+            *(z, prepared, temperature, quantized.contiguous(), indices, row_state),
             *(grad_quantized, grad_log_partition, grad_entropy, code_gradient),
             *(how, needs_z, needs_temperature),
         )

@@ -275,6 +275,41 @@ def best_quad(scores: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 
 @triton.jit
+def squared_distances(
+    z_pointer: tl.tensor,
+    row_stride: tl.tensor,
+    rows_left: tl.tensor,
+    index: tl.tensor,
+    high_pointer: tl.tensor,
+    low_pointer: tl.tensor | None,
+    mean_pointer: tl.tensor | None,
+    unit: tl.tensor,
+    DIM: tl.constexpr,
+    PAD: tl.constexpr,
+) -> tl.tensor:
+    """‖z_n − c_index‖² of each row, for one prepared code a row: index and result [ROWS].
+
+    From the differences: ‖z‖² − 2z·c + ‖c‖² would cancel. Few columns at a time spare registers.
+    """
+    CHUNK: tl.constexpr = min(PAD, 64)
+    rows = tl.arange(0, index.shape[0])[:, None]
+    distances = tl.zeros([index.shape[0]], tl.float32)
+    for first in range(0, PAD, CHUNK):
+        # [ROWS, CHUNK]
+        columns = (first + tl.arange(0, CHUNK))[None, :]
+        mask = (rows < rows_left) & (columns < DIM)
+        z = tl.load(z_pointer + rows.to(tl.int64) * row_stride + columns, mask=mask, other=0.0)
+        code = tl.load(high_pointer + index[:, None] * PAD + columns).to(tl.float32)
+        if low_pointer is not None:
+            code += tl.load(low_pointer + index[:, None] * PAD + columns).to(tl.float32)
+        difference = z.to(tl.float32) - code * unit
+        if mean_pointer is not None:
+            difference -= tl.load(mean_pointer + columns)
+        distances += tl.sum(difference * difference, 1)
+    return distances
+
+
+@triton.jit
 def nearest_of_quad(
     z_pointer: tl.tensor,
     row_stride: tl.tensor,
@@ -292,34 +327,18 @@ def nearest_of_quad(
     """Index of each row's nearest code, the lowest of a tie, and its squared distance, [ROWS].
 
     best and block [ROWS, 8] of `best_quad` over all tiles; codes are `unit` times what is stored.
-    The distance is that of the differences: ‖z‖² − 2z·c + ‖c‖² would cancel.
     """
-    ROWS: tl.constexpr = best.shape[0]
-    CHUNK: tl.constexpr = min(PAD, 64)  # of the columns: few registers beside those of the caller
     is_best = best == tl.max(best, 1)[:, None]
     quad = block + 4 * tl.arange(0, 8)[None, :]
     # A row of NaN has no best code; its index must be one that can be gathered.
     quad = tl.min(tl.where(is_best, quad, codes - 1), 1)
-    rows = tl.arange(0, ROWS)
     index = quad
-    nearest = tl.full([ROWS], float("inf"), tl.float32)
+    nearest = tl.full([best.shape[0]], float("inf"), tl.float32)
     for candidate in range(4):
-        distance = tl.zeros([ROWS], tl.float32)
-        for first_column in range(0, PAD, CHUNK):
-            # [ROWS, CHUNK]
-            columns = (first_column + tl.arange(0, CHUNK))[None, :]
-            mask = (rows < rows_left)[:, None] & (columns < DIM)
-            z = tl.load(
-                z_pointer + rows.to(tl.int64)[:, None] * row_stride + columns, mask=mask, other=0.0
-            ).to(tl.float32)
-            offsets = (quad + candidate)[:, None] * PAD + columns
-            code = tl.load(high_pointer + offsets).to(tl.float32)
-            if low_pointer is not None:
-                code += tl.load(low_pointer + offsets).to(tl.float32)
-            code *= unit
-            if mean_pointer is not None:
-                z -= tl.load(mean_pointer + columns)
-            distance += tl.sum((z - code) * (z - code), 1)
+        distance = squared_distances(
+            *(z_pointer, row_stride, rows_left, quad + candidate),
+            *(high_pointer, low_pointer, mean_pointer, unit, DIM, PAD),
+        )
         # Padding is no code, however near.
         closer = (distance < nearest) & (quad + candidate < codes)
         index = tl.where(closer, quad + candidate, index)

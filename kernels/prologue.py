@@ -91,8 +91,8 @@ def _scale(codebook: Tensor, mean: Tensor | None) -> Tensor:
     if mean is not None:
         lowest, highest = lowest - mean, highest - mean
     largest = torch.maximum(highest, -lowest).amax(1)
-    # Below 1e-15 the square of the scale would leave float32.
-    bits = largest.clamp(min=1e-15).view(torch.int32) & 0x7F800000
+    # Below it the square of the scale, times PADDING_NORM, would weigh nothing.
+    bits = largest.clamp(min=1e-6).view(torch.int32) & 0x7F800000
     return bits.view(torch.float32) / LARGEST.value
 
 

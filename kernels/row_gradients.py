@@ -24,6 +24,7 @@ from softvq.kernels.primitives import (
     row_dots,
     scale_of,
     split_dot,
+    squared_distances,
     store_rows,
     tile_start,
     weights_operand,
@@ -45,6 +46,7 @@ def launch(
     prepared: PreparedCodebook,
     temperature: Tensor,
     quantized: Tensor,
+    indices: Tensor,
     row_state: Tensor,
     grad_quantized: Tensor | None,
     grad_log_partition: Tensor | None,
@@ -55,7 +57,7 @@ def launch(
     needs_temperature: bool,
 ) -> RowGradients:
     """z and grad_quantized (H, N, D) with unit stride along D; quantized (H, N, D) and gradients of
-    rows (H, N) contiguous; code_gradient (H, padded K) is υ/N.
+    rows (H, N) contiguous, and indices and row_state the forward's; code_gradient (H, padded K) is υ/N.
     """
     heads, rows, dim = z.shape
     memory = tiles.shared_memory_limit(z.device)
@@ -74,7 +76,7 @@ def launch(
     strides = (0, 0) if grad_quantized is None else grad_quantized.stride()[:2]
     if rows:
         _row_gradients_kernel[(blocks, heads)](
-            *(z, *prepared, temperature, quantized, row_state),
+            *(z, *prepared, temperature, quantized, indices, row_state),
             *(grad_quantized, grad_log_partition, grad_entropy, code_gradient, largest_usage),
             *(grad_z, grad_temperature, row_shift, largest),
             *(*z.stride()[:2], *strides, rows, prepared.high.shape[1]),
@@ -106,6 +108,7 @@ def _row_gradients_kernel(
     scale_pointer,
     temperature_pointer,
     quantized_pointer,
+    indices_pointer,
     row_state_pointer,
     grad_quantized_pointer,  # from here to largest, None switches the part off
     grad_log_partition_pointer,
@@ -252,7 +255,12 @@ def _row_gradients_kernel(
         mean_score *= inverse_total
         change = LN_2 * (gradient_score * inverse_total - sigma * mean_score)
         if grad_log_partition_pointer is not None:
-            best = LN_2 * maximum - tl.sum(z * z, 1) * inverse_temperature
+            index = tl.load(indices_pointer + row, mask=mask, other=0).to(tl.int32)
+            best = squared_distances(
+                *(z_pointer, row_stride, rows_left, index),
+                *(high_pointer, low_pointer, mean_pointer, unit, DIM, PAD),
+            )
+            best *= -inverse_temperature
             change += grad_log_partition * (best + LN_2 * mean_score)
         counted = mask & (start + offsets >= tl.program_id(0) * ROWS)
         change = -inverse_temperature * tl.sum(tl.where(counted, change, 0.0))

@@ -148,13 +148,14 @@ def soft_backward(
     needs_codebook: bool,
     needs_temperature: bool,
     quantized: Tensor | None = None,
+    indices: Tensor | None = None,
     row_state: Tensor | None = None,
     precision: str = "highest",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of z (H, N, D), codebook (H, K, D) and temperature () for the gradients given.
 
-    A missing incoming gradient is zero; an outgoing one that is not needed is None. `quantized` and
-    `row_state`, the forward's, are for backends that reuse them. The names are
+    A missing incoming gradient is zero; an outgoing one that is not needed is None. `quantized`,
+    `indices` and `row_state`, the forward's, are for backends that reuse them. The names are
     those of README.md; log p is replaced by the score relative to the row's best one, since a row's
     constant drops out everywhere.
     """

@@ -24,11 +24,11 @@ def incoming_for(problem: Problem) -> dict[str, torch.Tensor]:
 def run(backend: ModuleType, problem: Problem, **options) -> dict[str, torch.Tensor]:
     """The backend's floating outputs by name, and what it saved."""
     inputs = [x.detach() for x in problem]
-    quantized, _, log_partition, entropy, row_state = backend.soft_forward(*inputs, **options)
+    quantized, indices, log_partition, entropy, row_state = backend.soft_forward(*inputs, **options)
     sums = backend.probability_sums(*inputs, None, **options)
     usage = sums[..., 0] / inputs[0].shape[1]
     outputs = dict(zip(ALL, (quantized, log_partition, entropy, usage), strict=True))
-    return outputs | {"row_state": row_state}
+    return outputs | {"indices": indices, "row_state": row_state}
 
 
 def check(
@@ -61,7 +61,7 @@ def check(
         grads = backend.soft_backward(
             *(x.detach() for x in given),
             *(incoming.get(name) for name in ALL),
-            *(True, True, True, outputs["quantized"], outputs["row_state"]),
+            *(True, True, True, *(outputs[name] for name in ("quantized", "indices", "row_state"))),
             **options,
         )
         plain, truth = gradients(plain_inputs, incoming, matmul), gradients(true_inputs, incoming)

@@ -97,7 +97,7 @@ def test_reduced_precision(precision, offset):
         ).abs().max()
         assert error < bounds[name], f"{name}: {error:.2e}"
     incoming = [torch.randn_like(outputs[name]) for name in ALL]
-    saved = (outputs["quantized"], outputs["row_state"], precision)
+    saved = (outputs["quantized"], outputs["indices"], outputs["row_state"], precision)
     grads = fused.soft_backward(*problem, *incoming, True, True, True, *saved)
     double = [x.double() for x in (*problem, *incoming)]
     for grad, expected in zip(
@@ -199,8 +199,8 @@ def test_partial_sums_are_bounded():
 
 
 def test_every_tile_divides_the_padded_codebook():
-    for *_, tile in tiles.every_choice():
-        assert tiles.CODE_MULTIPLE % tile.codes == 0 and min(tile.rows, tile.codes) >= 16
+    for tile in tiles.every_choice():
+        assert tiles.CODE_MULTIPLE % tile.codes == 0
 
 
 @pytest.mark.parametrize("estimator", ["soft", "straight_through", "detached"])
@@ -255,10 +255,10 @@ def test_opcheck():
     z, codebook = torch.randn(2, 6, 5, device=DEVICE), torch.randn(2, 10, 5, device=DEVICE)
     temperature, row = torch.tensor(0.7, device=DEVICE), torch.randn(2, 6, device=DEVICE)
     inputs, how = (z, codebook, temperature), ("highest", "triton")
-    state = fused.soft_forward(*inputs)[4]
+    _, indices, _, _, state = fused.soft_forward(*inputs)
     for operator, arguments in (
         (operators.soft_forward, how),
-        (operators.soft_backward, (z, row, None, None, True, True, False, z, state, *how)),
+        (operators.soft_backward, (z, row, None, None, True, True, False, z, indices, state, *how)),
         (operators.probability_sums, (None, None, *how)),
         (operators.probability_sums, (z, state, *how)),
     ):
