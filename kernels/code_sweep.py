@@ -15,10 +15,10 @@ from softvq.kernels import tiles
 from softvq.kernels.primitives import (
     LN_2,
     LOG2_E,
-    LOWEST,
     as_operand,
     load_codes,
     load_rows,
+    relative_scores,
     scale_of,
     split_dot,
     store_rows,
@@ -170,14 +170,14 @@ def _code_sweep_kernel(
         # [ROWS, PAD]
         z = load_rows(z_pointer + first_row * row_stride, row_stride, rows_left, ROWS, DIM, PAD)
         z_high, z_low, z_scale = as_operand(z, mean_pointer, SPLIT_LATENTS, OPERAND)
-        # [ROWS]; past the end every weight is 0, and finite the score it is multiplied with
-        maximum = tl.load(row_state_pointer + row, mask=mask, other=-LOWEST)
+        # [ROWS]; where nothing counts every weight is 0, and finite the score it is multiplied with
+        best = tl.load(row_state_pointer + row, mask=mask, other=tl.minimum(1e37 / scale, 1e37))
         inverse_total = tl.load(row_state_pointer + heads * rows + row, mask=mask, other=0.0)
         # [CODES, ROWS]
         zeros = tl.zeros([CODES, ROWS], tl.float32)
         product = split_dot(code, code_low, z_high.T, z_low.T, zeros, SPLIT_CODEBOOK, SPLIT_LATENTS)
         score = tl.fma(product, (z_scale / unit)[None, :], -half_norm[:, None])
-        relative = tl.fma(score, scale, -maximum[None, :])
+        relative = relative_scores(score, best[None, :], scale, OPERAND)
         p = tl.exp2(relative) * inverse_total[None, :]
 
         if values_pointer is not None:

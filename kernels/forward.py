@@ -20,6 +20,7 @@ from softvq.kernels.primitives import (
     load_codes,
     load_rows,
     nearest_of_quad,
+    relative_scores,
     split_dot,
     store_rows,
     tile_start,
@@ -35,7 +36,7 @@ class SoftForward(NamedTuple):
     indices: Tensor  # (H, N) int64
     log_partition: Tensor  # (H, N) float32
     entropy: Tensor  # (H, N) float32
-    row_state: Tensor  # (2, H, N) float32: largest score in base 2, and 1/Σ weights
+    row_state: Tensor  # (2, H, N) float32: the best score, and 1/Σ weights
 
 
 def launch(
@@ -124,11 +125,11 @@ def _forward_kernel(
     z_pointer += head * head_stride + start * row_stride
     z = load_rows(z_pointer, row_stride, rows_left, ROWS, DIM, PAD)
     z_high, z_low, z_scale = as_operand(z, mean_pointer, SPLIT_LATENTS, OPERAND)
-    maximum = tl.full([ROWS], LOWEST, tl.float32)
+    best = tl.full([ROWS], LOWEST, tl.float32)
     # [ROWS, 8], by lane
     total = tl.zeros([ROWS, 8], tl.float32)
     weighted = tl.zeros([ROWS, 8], tl.float32)
-    best = tl.full([ROWS, 8], LOWEST, tl.float32)
+    lane_best = tl.full([ROWS, 8], LOWEST, tl.float32)
     best_block = tl.zeros([ROWS, 8], tl.int32)
     # [ROWS, PAD]
     sums = tl.zeros([ROWS, PAD], tl.float32)
@@ -146,16 +147,16 @@ def _forward_kernel(
         scores = tl.fma(product, (z_scale / unit)[:, None], -half_norm[None, :])
         # [ROWS, 8]; the strict comparison keeps the lowest index of a tie
         tile_best, block = best_quad(scores)
-        best_block = tl.where(tile_best > best, first + block, best_block)
-        best = tl.maximum(best, tile_best)
+        best_block = tl.where(tile_best > lane_best, first + block, best_block)
+        lane_best = tl.maximum(lane_best, tile_best)
 
         # [ROWS]
-        new_maximum = tl.max(best, 1) * scale
-        shift = maximum - new_maximum
+        new_best = tl.max(lane_best, 1)
+        shift = tl.maximum(relative_scores(best, new_best, scale, OPERAND), LOWEST)
         factor = tl.exp2(shift)
-        maximum = new_maximum
+        best = new_best
         # [ROWS, CODES]
-        relative = tl.fma(scores, scale, -maximum[:, None])
+        relative = relative_scores(scores, best[:, None], scale, OPERAND)
         weights = tl.exp2(relative)
         # The entropy's sum moves with the maximum it is relative to.
         weighted = tl.fma(total, shift[:, None], weighted)
@@ -185,19 +186,19 @@ def _forward_kernel(
         store_rows(quantized_pointer + row * DIM, DIM, rows_left, quantized, ROWS, DIM, PAD)
 
     index, squared_distance = nearest_of_quad(
-        *(z_pointer, row_stride, rows_left, best, best_block),
+        *(z_pointer, row_stride, rows_left, lane_best, best_block),
         *(high_pointer, low_pointer, mean_pointer, unit, codes, DIM, PAD),
     )
     log_total = tl.log2(total)
-    # The largest score is the nearest code's; `rounding` is what `maximum` is above it.
-    rounding = -tl.fma(tl.max(best, 1), scale, -maximum)
-    log_partition = LN_2 * (log_total + rounding) - squared_distance * inverse_temperature
+    # The best score is the nearest code's.
+    residue = relative_scores(best, best, scale, OPERAND)
+    log_partition = LN_2 * (log_total - residue) - squared_distance * inverse_temperature
     entropy = LN_2 * (log_total - weighted / total)
     offsets = tl.arange(0, ROWS)
     mask = offsets < rows_left
     tl.store(log_partition_pointer + row + offsets, log_partition, mask=mask)
     tl.store(entropy_pointer + row + offsets, entropy, mask=mask)
     tl.store(indices_pointer + row + offsets, index.to(tl.int64), mask=mask)
-    tl.store(row_state_pointer + row + offsets, maximum, mask=mask)
+    tl.store(row_state_pointer + row + offsets, best, mask=mask)
     heads = tl.num_programs(1).to(tl.int64)
     tl.store(row_state_pointer + heads * rows + row + offsets, 1.0 / total, mask=mask)

@@ -240,6 +240,20 @@ def weights_operand(
     return high, high
 
 
+@triton.jit
+def relative_scores(
+    scores: tl.tensor, best: tl.tensor, scale: tl.tensor, OPERAND: tl.constexpr
+) -> tl.tensor:
+    """(score − best)·scale, any shapes that broadcast: what a weight is two to the power of.
+
+    Where T is tiny the fused form leaves a residue, the same for a whole row: it cancels when the
+    weights are normalised, but those that must fit into float16 have no room for it.
+    """
+    if OPERAND == tl.float16:
+        return (scores - best) * scale
+    return tl.fma(scores, scale, -best * scale)
+
+
 # A tile of scores lies in the threads as a matrix unit leaves it: eight lanes, and the columns
 # l, l+8, l+16 … of lane l in the same threads. What stays within a lane costs no exchange between
 # threads, so every reduction over the columns keeps one value a lane, [ROWS, 8], until the end.

@@ -16,10 +16,10 @@ from softvq.kernels.primitives import (
     LARGEST,
     LN_2,
     LOG2_E,
-    LOWEST,
     as_operand,
     load_codes,
     load_rows,
+    relative_scores,
     restored,
     row_dots,
     scale_of,
@@ -164,7 +164,7 @@ def _row_gradients_kernel(
     z_high, z_low, z_scale = as_operand(z, mean_pointer, SPLIT_LATENTS, OPERAND)
     quantized_pointer += (head * rows + start) * DIM
     # [ROWS]; past the end every weight is 0, and finite the score it is multiplied with
-    maximum = tl.load(row_state_pointer + row, mask=mask, other=-LOWEST)
+    best = tl.load(row_state_pointer + row, mask=mask, other=tl.minimum(1e37 / scale, 1e37))
     heads = tl.num_programs(1).to(tl.int64)
     inverse_total = tl.load(row_state_pointer + heads * rows + row, mask=mask, other=0.0)
     delta = tl.zeros([ROWS], tl.float32)
@@ -206,7 +206,7 @@ def _row_gradients_kernel(
         zeros = tl.zeros([ROWS, CODES], tl.float32)
         product = split_dot(z_high, z_low, code.T, code_low.T, zeros, SPLIT_LATENTS, SPLIT_CODEBOOK)
         score = tl.fma(product, (z_scale / unit)[:, None], -half_norm[None, :])
-        relative = tl.fma(score, scale, -maximum[:, None])
+        relative = relative_scores(score, best[:, None], scale, OPERAND)
         weights = tl.exp2(relative)
 
         # [ROWS, CODES]: a_nk − δ_n
@@ -256,12 +256,11 @@ def _row_gradients_kernel(
         change = LN_2 * (gradient_score * inverse_total - sigma * mean_score)
         if grad_log_partition_pointer is not None:
             index = tl.load(indices_pointer + row, mask=mask, other=0).to(tl.int32)
-            best = squared_distances(
+            nearest_score = -inverse_temperature * squared_distances(
                 *(z_pointer, row_stride, rows_left, index),
                 *(high_pointer, low_pointer, mean_pointer, unit, DIM, PAD),
             )
-            best *= -inverse_temperature
-            change += grad_log_partition * (best + LN_2 * mean_score)
+            change += grad_log_partition * (nearest_score + LN_2 * mean_score)
         counted = mask & (start + offsets >= tl.program_id(0) * ROWS)
         change = -inverse_temperature * tl.sum(tl.where(counted, change, 0.0))
         tl.store(grad_temperature_pointer + block, change)

@@ -193,7 +193,7 @@ def test_partial_sums_are_bounded():
     tile, cpu = tiles.Tile(64, 64, 4, 2), torch.device("cpu")
     assert code_sweep._splits(10**6, 1, 1, 2**10, tile, cpu) == 8
     assert code_sweep._splits(100, 1, 1, 2**10, tile, cpu) == 2
-    assert code_sweep._splits(10**6, 1, 1, 2**22, tile, cpu) == 2
+    assert code_sweep._splits(10**6, 1, 1, 2**21, tile, cpu) == 3
     assert code_sweep._splits(10**6, 1, 1, 2**30, tile, cpu) == 1
     assert code_sweep._splits(10**6, 1, 1000, 2**10, tile, cpu) == 1
 
