@@ -29,6 +29,7 @@ INPUTS = {
     "bf16": (torch.bfloat16, torch.bfloat16, "highest"),
     "fp16": (torch.float16, torch.float16, "highest"),
     "bf16/fp32": (torch.bfloat16, torch.float32, "highest"),
+    "fp16/fp32": (torch.float16, torch.float32, "highest"),
     "fp32 highest": (torch.float32, torch.float32, "highest"),
     "fp32 high": (torch.float32, torch.float32, "high"),
     "fp32 medium": (torch.float32, torch.float32, "medium"),

@@ -20,7 +20,6 @@ from softvq.kernels.primitives import (
     load_codes,
     load_rows,
     relative_scores,
-    restored,
     row_dots,
     scale_of,
     split_dot,
@@ -236,10 +235,6 @@ def _row_gradients_kernel(
     if grad_log_partition_pointer is not None:
         grad_log_partition = tl.load(grad_log_partition_pointer + row, mask=mask, other=0.0)
         shift -= grad_log_partition
-        # [ROWS, PAD], the latents as the products saw them
-        z = load_rows(z_pointer, row_stride, rows_left, ROWS, DIM, PAD, EVICT="evict_first")
-        z_high, z_low, z_scale = as_operand(z, mean_pointer, SPLIT_LATENTS, OPERAND)
-        z = restored(z_high, z_low, z_scale, SPLIT_LATENTS)
     tl.store(row_shift_pointer + row, 2.0 * inverse_temperature * shift, mask=mask)
 
     if largest_pointer is not None:
@@ -265,14 +260,22 @@ def _row_gradients_kernel(
         change = -inverse_temperature * tl.sum(tl.where(counted, change, 0.0))
         tl.store(grad_temperature_pointer + block, change)
     if grad_z_pointer is not None:
+        pull *= inverse_total[:, None]
+        if OPERAND == tl.float16:
+            pull *= (operand_scale * unit)[:, None]
         # [ROWS, PAD]
         quantized = load_rows(quantized_pointer, DIM, rows_left, ROWS, DIM, PAD).to(tl.float32)
         if mean_pointer is not None:
             quantized -= tl.load(mean_pointer + tl.arange(0, PAD))[None, :]
-        if OPERAND == tl.float16:
-            pull *= (operand_scale * unit)[:, None]
-        pull = pull * inverse_total[:, None] - sigma[:, None] * quantized
-        if grad_log_partition_pointer is not None:
-            pull += grad_log_partition[:, None] * (quantized - z)
+        if grad_log_partition_pointer is None:
+            pull -= sigma[:, None] * quantized
+        else:
+            pull += (grad_log_partition - sigma)[:, None] * quantized
+            tl.debug_barrier()  # one matrix after the other: wide rows have no registers for both
+            z = load_rows(z_pointer, row_stride, rows_left, ROWS, DIM, PAD, EVICT="evict_first")
+            z = z.to(tl.float32)
+            if mean_pointer is not None:
+                z -= tl.load(mean_pointer + tl.arange(0, PAD))[None, :]
+            pull -= grad_log_partition[:, None] * z
         grad_z_pointer += (head * rows + start) * DIM
         store_rows(grad_z_pointer, DIM, rows_left, 2.0 * inverse_temperature * pull, ROWS, DIM, PAD)
