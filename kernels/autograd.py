@@ -23,7 +23,7 @@ class SoftQuantize(torch.autograd.Function):
         temperature: Tensor,
         straight_through: bool,
         detach_probabilities: bool,
-        precision: str,
+        precision: str | None,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         quantized, indices, log_partition, entropy, row_state = operators.soft_forward(
@@ -79,7 +79,7 @@ class CodeUsage(torch.autograd.Function):
         z: Tensor,
         codebook: Tensor,
         temperature: Tensor,
-        precision: str,
+        precision: str | None,
         backend: str,
     ) -> Tensor:
         sums = operators.probability_sums(z, codebook, temperature, None, None, precision, backend)
