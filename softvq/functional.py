@@ -100,7 +100,7 @@ def code_usage(
         z, codebook, temperature, backend, precision
     )
     usage = autograd.CodeUsage.apply(z_heads, codebook_heads, temperature, precision, backend)
-    return usage if codebook.dim() == 3 else usage[0]
+    return usage if codebook.dim() == 3 else usage.squeeze(0)
 
 
 def assignment_probabilities(z: Tensor, codebook: Tensor, temperature: float | Tensor) -> Tensor:
@@ -278,11 +278,12 @@ def _check_temperature(value: float) -> None:
 
 
 def _as_rows(output: Tensor, z: Tensor, codebook: Tensor) -> Tensor:
-    """Undo the head-first layout: (H, N, ...) back to the leading dimensions of z."""
-    trailing = output.shape[2:]
-    if codebook.dim() == 2:
-        return output[0].reshape(*z.shape[:-1], *trailing)
-    return output.transpose(0, 1).reshape(*z.shape[:-1], *trailing)
+    """Undo the head-first layout: (H, N, ...) back to the leading dimensions of z.
+
+    Views, whose backward copies nothing; an index would allocate its gradient once more.
+    """
+    output = output if codebook.dim() == 2 else output.transpose(0, 1)
+    return output.reshape(*z.shape[:-1], *output.shape[2:])
 
 
 def _one_of(name: str, value: object, allowed: object) -> None:

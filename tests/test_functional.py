@@ -8,6 +8,7 @@ from torch._subclasses import FakeTensorMode
 
 import softvq
 from softvq import functional
+from softvq.kernels import streaming
 
 BACKENDS = ("streaming", "reference")
 needs_triton = pytest.mark.skipif(not functional._HAS_TRITON, reason="needs triton")
@@ -64,6 +65,24 @@ def test_heads_are_independent_codebooks(backend):
     assert softvq.assignment_probabilities(z, codebook, 0.5).shape == (2, 7, 3, 10)
     indices, distance = softvq.nearest_codes(z, codebook)
     assert indices.shape == distance.shape == (2, 7, 3)
+
+
+@pytest.mark.parametrize("heads", [(), (3,)], ids=str)
+def test_gradients_arrive_and_leave_without_a_copy(heads, monkeypatch):
+    seen = []
+
+    def record(z, codebook, temperature, grad_quantized, *rest):
+        grads = backward(z, codebook, temperature, grad_quantized, *rest)
+        seen.extend((z, grad_quantized, grads[0]))
+        return grads
+
+    backward = streaming.soft_backward
+    monkeypatch.setattr(streaming, "soft_backward", record)
+    z, codebook = torch.randn(4, 7, *heads, 5, requires_grad=True), torch.randn(*heads, 10, 5)
+    grad = torch.randn_like(z)
+    (dz,) = torch.autograd.grad(softvq.soft_quantize(z, codebook, 1.0).quantized, z, grad)
+    assert [x.data_ptr() for x in seen[:2]] == [z.data_ptr(), grad.data_ptr()]
+    assert dz.data_ptr() == seen[2].data_ptr()
 
 
 def test_probabilities_agree_with_the_operator():
