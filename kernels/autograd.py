@@ -98,6 +98,29 @@ class CodeUsage(torch.autograd.Function):
         return *_only_needed(grads, needs), None, None
 
 
+class CodesAt(torch.autograd.Function):
+    """(codebook (H, K, D), indices (H, N)) → codes (H, N, D); differentiable as often as you like.
+
+    `gather` adds its gradient by atomics on a GPU, in another order each time; code_sums does not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, codebook: Tensor, indices: Tensor, backend: str) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.codebook_shape, ctx.dtype, ctx.backend = codebook.shape, codebook.dtype, backend
+        return codebook.gather(1, indices[..., None].expand(-1, -1, codebook.shape[2]))
+
+    @staticmethod
+    def backward(ctx: Any, grad_codes: Tensor) -> tuple[Tensor, None, None]:
+        (indices,) = ctx.saved_tensors
+        heads, codes, dim = ctx.codebook_shape
+        # Heads one after the other are one larger codebook.
+        indices = indices + codes * torch.arange(heads, device=indices.device)[:, None]
+        rows, indices = grad_codes.reshape(-1, dim), indices.flatten()
+        sums, _ = operators.code_sums(rows, indices, heads * codes, ctx.backend)
+        return sums.view(heads, codes, dim).to(ctx.dtype), None, None
+
+
 def _only_needed(grads, needs):
     """What nobody asked for comes back from the operator empty; autograd wants None."""
     return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=True))

@@ -12,6 +12,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from softvq.kernels import streaming
 from softvq.kernels.dtypes import accumulation_dtype
 
 # Modules by name: the fused one is imported at its first call, for it needs triton.
@@ -107,3 +108,17 @@ soft_forward = torch.ops.softvq.soft_forward.default
 soft_backward = torch.ops.softvq.soft_backward.default
 probability_sums = torch.ops.softvq.probability_sums.default
 nearest = torch.ops.softvq.nearest.default
+
+
+def code_sums(
+    z: Tensor, indices: Tensor, codebook_size: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Sum (K, D) and count (K) of the rows of z (N, D) by index (N); differentiable in z.
+
+    Not registered here: the fused one is an operator of its own, the other plain PyTorch.
+    """
+    if backend != "triton":
+        return streaming.code_sums(z, indices, codebook_size)
+    from softvq.kernels.code_sums import code_sums as fused  # needs triton
+
+    return fused(z, indices, codebook_size)

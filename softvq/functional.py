@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from softvq.kernels import autograd, operators, reference, streaming
+from softvq.kernels import autograd, operators, reference
 
 Estimator = Literal["soft", "straight_through"]
 Backend = Literal["auto", "triton", "streaming", "reference"]
@@ -128,8 +128,8 @@ def nearest_codes(
     """
     z_heads, codebook_heads, _, backend = _prepare(z, codebook, 1.0, backend, precision)
     indices = operators.nearest(z_heads.detach(), codebook_heads.detach(), precision, backend)
-    rows = indices[..., None].expand(-1, -1, codebook.shape[-1])
-    squared_distance = (z_heads - codebook_heads.gather(1, rows)).square().sum(-1)
+    codes = autograd.CodesAt.apply(codebook_heads, indices, backend)
+    squared_distance = (z_heads - codes).square().sum(-1)
     return _as_rows(indices, z, codebook), _as_rows(squared_distance, z, codebook)
 
 
@@ -166,11 +166,8 @@ def code_sums(
         low, high = (int(x) for x in indices.aminmax())
         if low < 0 or high >= codebook_size:
             raise ValueError(f"indices must lie in [0, {codebook_size}), got {low} to {high}")
-    if _choose_backend(z, backend, _fused_obstacle(z)) != "triton":
-        return streaming.code_sums(rows, indices, codebook_size)
-    from softvq.kernels.code_sums import code_sums as fused  # needs triton
-
-    return fused(rows, indices, codebook_size)
+    backend = _choose_backend(z, backend, _fused_obstacle(z))
+    return operators.code_sums(rows, indices, codebook_size, backend)
 
 
 def _prepare(

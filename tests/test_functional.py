@@ -42,6 +42,23 @@ def test_gradcheck_of_the_materialised_probabilities_and_the_distance():
     assert torch.autograd.gradcheck(lambda z, c: softvq.nearest_codes(z, c)[1], (z, codebook))
 
 
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+def test_the_distance_has_the_gradients_of_its_formula(backend):
+    z = torch.randn(7, 3, 5, device=DEVICE, requires_grad=True)
+    codebook = torch.randn(3, 10, 5, device=DEVICE, requires_grad=True)
+    indices, distance = softvq.nearest_codes(z, codebook, backend=backend)
+    expected = (z - codebook[torch.arange(3, device=DEVICE), indices]).square().sum(-1)
+    torch.testing.assert_close(distance, expected)
+    for a, b in zip(*(torch.autograd.grad(x.exp().sum(), (z, codebook))
+                      for x in (distance, expected)), strict=True):  # fmt: skip
+        torch.testing.assert_close(a, b)
+
+
+def test_the_distance_can_be_differentiated_twice():
+    z, codebook, _ = inputs(rows=(3,))
+    assert torch.autograd.gradgradcheck(lambda z, c: softvq.nearest_codes(z, c)[1], (z, codebook))
+
+
 def test_shapes_and_dtypes():
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         z, codebook = torch.randn(2, 3, 5).to(dtype), torch.randn(10, 5)
