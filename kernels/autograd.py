@@ -112,6 +112,7 @@ class CodesAt(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_codes: Tensor) -> tuple[Tensor, None, None]:
+        """Each code receives the sum of what its rows receive."""
         (indices,) = ctx.saved_tensors
         heads, codes, dim = ctx.codebook_shape
         # Heads one after the other are one larger codebook.
