@@ -23,7 +23,7 @@ class SoftQuantize(torch.autograd.Function):
         temperature: Tensor,
         straight_through: bool,
         detach_probabilities: bool,
-        precision: str,
+        precision: str | None,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         quantized, indices, log_partition, entropy, row_state = operators.soft_forward(
@@ -79,7 +79,7 @@ class CodeUsage(torch.autograd.Function):
         z: Tensor,
         codebook: Tensor,
         temperature: Tensor,
-        precision: str,
+        precision: str | None,
         backend: str,
     ) -> Tensor:
         sums = operators.probability_sums(z, codebook, temperature, None, None, precision, backend)
@@ -96,6 +96,30 @@ class CodeUsage(torch.autograd.Function):
         rest = (*needs, None, None, None, ctx.precision, ctx.backend)
         grads = operators.soft_backward(*inputs, *incoming, *rest)
         return *_only_needed(grads, needs), None, None
+
+
+class CodesAt(torch.autograd.Function):
+    """(codebook (H, K, D), indices (H, N)) → codes (H, N, D); differentiable as often as you like.
+
+    `gather` adds its gradient by atomics on a GPU, in another order each time; code_sums does not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, codebook: Tensor, indices: Tensor, backend: str) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.codebook_shape, ctx.dtype, ctx.backend = codebook.shape, codebook.dtype, backend
+        return codebook.gather(1, indices[..., None].expand(-1, -1, codebook.shape[2]))
+
+    @staticmethod
+    def backward(ctx: Any, grad_codes: Tensor) -> tuple[Tensor, None, None]:
+        """Each code receives the sum of what its rows receive."""
+        (indices,) = ctx.saved_tensors
+        heads, codes, dim = ctx.codebook_shape
+        # Heads one after the other are one larger codebook.
+        indices = indices + codes * torch.arange(heads, device=indices.device)[:, None]
+        rows, indices = grad_codes.reshape(-1, dim), indices.flatten()
+        sums, _ = operators.code_sums(rows, indices, heads * codes, ctx.backend)
+        return sums.view(heads, codes, dim).to(ctx.dtype), None, None
 
 
 def _only_needed(grads, needs):

@@ -1,8 +1,10 @@
 """The operators as PyTorch sees them: registered once, dispatched to a backend by name.
 
 Registration makes each call one opaque node for torch.compile and for autocast. All of them take
-latents (H, N, D), a codebook (H, K, D) and a temperature (); where a backend has nothing to return,
-an empty tensor comes back. `precision` is "highest", "high" or "medium".
+latents (H, N, D) and a codebook (H, K, D), the soft ones a temperature (); where a backend has
+nothing to return, an empty tensor comes back. `precision` is "highest", "high" or "medium", or None
+for torch's own setting when the operator runs: a graph that was compiled under another one follows
+it too, and a backward that of its own time, like the backward of a matrix product.
 """
 
 from importlib import import_module
@@ -10,6 +12,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from softvq.kernels import streaming
 from softvq.kernels.dtypes import accumulation_dtype
 
 # Modules by name: the fused one is imported at its first call, for it needs triton.
@@ -29,14 +32,22 @@ def _register(signature: str, fake) -> None:
     _library.define(signature)
 
     def call(*args):
-        *inputs, backend = args
+        *inputs, precision, backend = args
+        function = getattr(import_module(BACKENDS[backend]), name)
         # The backend chooses its own precision; autocast would lower its matrix products.
-        with torch.autocast(args[0].device.type, enabled=False):
-            function = getattr(import_module(BACKENDS[backend]), name)
-            return _promised(function(*inputs), like=inputs[0])
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            outputs = function(*inputs, precision or _torch_precision())
+        return _promised(outputs, like=inputs[0])
 
     _library.impl(name, call, "CompositeExplicitAutograd")
     torch.library.register_fake(f"softvq::{name}", fake, lib=_library)
+
+
+def _torch_precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by torch.backends' newer names, which it refuses to translate
+        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
 
 
 def _promised(outputs, like: Tensor):
@@ -68,30 +79,47 @@ def _fake_probability_sums(z, codebook, temperature, values, *args):
     return z.new_empty(shape, dtype=accumulation_dtype(z, codebook))
 
 
-def _fake_nearest(z, codebook, backend):
+def _fake_nearest(z, codebook, precision, backend):
     return z.new_empty(z.shape[:2], dtype=torch.int64)
 
 
 _register(
-    f"soft_forward({_INPUTS}, str precision, str backend) "
+    f"soft_forward({_INPUTS}, str? precision, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_soft_forward,
 )
 _register(
     f"soft_backward({_INPUTS}, Tensor? grad_quantized, Tensor? grad_log_partition, "
     "Tensor? grad_entropy, Tensor? grad_usage, bool needs_z, bool needs_codebook, "
-    "bool needs_temperature, Tensor? quantized, Tensor? indices, Tensor? row_state, str precision, str backend) "
+    "bool needs_temperature, Tensor? quantized, Tensor? indices, Tensor? row_state, "
+    "str? precision, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     _fake_soft_backward,
 )
 _register(
-    f"probability_sums({_INPUTS}, Tensor? values, Tensor? row_state, str precision, str backend) "
+    f"probability_sums({_INPUTS}, Tensor? values, Tensor? row_state, str? precision, str backend) "
     "-> Tensor",
     _fake_probability_sums,
 )
-_register("nearest(Tensor z, Tensor codebook, str backend) -> Tensor", _fake_nearest)
+_register(
+    "nearest(Tensor z, Tensor codebook, str? precision, str backend) -> Tensor", _fake_nearest
+)
 
 soft_forward = torch.ops.softvq.soft_forward.default
 soft_backward = torch.ops.softvq.soft_backward.default
 probability_sums = torch.ops.softvq.probability_sums.default
 nearest = torch.ops.softvq.nearest.default
+
+
+def code_sums(
+    z: Tensor, indices: Tensor, codebook_size: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Sum (K, D) and count (K) of the rows of z (N, D) by index (N); differentiable in z.
+
+    Not registered here: the fused one is an operator of its own, the other plain PyTorch.
+    """
+    if backend != "triton":
+        return streaming.code_sums(z, indices, codebook_size)
+    from softvq.kernels.code_sums import code_sums as fused  # needs triton
+
+    return fused(z, indices, codebook_size)

@@ -123,6 +123,6 @@ def probability_sums(
     return p.sum(1)[..., None] if values is None else p.mT @ values.to(p.dtype)
 
 
-def nearest(z: Tensor, codebook: Tensor) -> Tensor:
+def nearest(z: Tensor, codebook: Tensor, precision: str = "highest") -> Tensor:
     """Index of the nearest code, (H, N) int64; the lowest index wins a tie."""
     return scores(z, codebook, z.new_ones(())).argmax(-1)

@@ -240,7 +240,7 @@ def probability_sums(
     return sums
 
 
-def nearest(z: Tensor, codebook: Tensor) -> Tensor:
+def nearest(z: Tensor, codebook: Tensor, precision: str = "highest") -> Tensor:
     """Index of the nearest code, (H, N) int64; the lowest index wins a tie."""
     heads, rows, _ = z.shape
     codes = codebook.shape[1]
@@ -252,3 +252,18 @@ def nearest(z: Tensor, codebook: Tensor) -> Tensor:
         for block in blocks(rows, codes):
             indices[h, block] = softmax.match(z[h, block].to(dtype) - softmax.mean)[1]
     return indices
+
+
+def code_sums(z: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
+    """Sum (K, D) and count (K) of the rows of z (N, D) that each index (N) in [0, K) names.
+
+    Differentiable in z by autograd; float32, or float64 for float64.
+    """
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    sums = z.new_zeros((codebook_size, z.shape[1]), dtype=dtype)
+    # Whole numbers: a float32 stops counting at 2^24. (`bincount` would wait for the device.)
+    counts = indices.new_zeros(codebook_size)
+    return (
+        sums.index_add(0, indices, z.to(dtype)),
+        counts.index_add(0, indices, torch.ones_like(indices)).to(dtype),
+    )

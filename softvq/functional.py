@@ -16,6 +16,7 @@ Precision = Literal["highest", "high", "medium"]
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _MAX_FUSED_DIM = 256  # beyond it a row's sums no longer fit one program
+_LEAST_CAPABILITY = 8  # from there on matrix units take bfloat16 and tf32
 
 
 class SoftQuantized(NamedTuple):
@@ -35,7 +36,7 @@ def soft_quantize(
     estimator: Estimator = "soft",
     detach_probabilities: bool = False,
     backend: Backend = "auto",
-    precision: Precision = "highest",
+    precision: Precision | None = None,
 ) -> SoftQuantized:
     """Quantise latents softly: q = softmax(−‖z−c‖²/T) · C, without an N×K matrix.
 
@@ -49,23 +50,28 @@ def soft_quantize(
             of the soft one.
         detach_probabilities: treat the probabilities as constants: only the codebook receives a
             gradient, Pᵀ·dq, and log_partition and entropy receive none (the original Soft VQ-VAE).
-        backend: "auto" (now always "streaming"), "streaming" (plain PyTorch, any device, no N×K
-            matrix), "reference" (N×K matrices, for checking), or "triton" (experimental: fused
-            kernels, not yet run on a GPU; float64 is refused, and D > 256 streams). All
-            differentiate z, codebook and temperature by hand-written formulas.
-        precision: how the Triton kernels may multiply float32 latents: "highest" is as accurate as
+        backend: "triton" (fused kernels for CUDA from compute capability 8.0 on; no float64, and
+            D > 256 streams), "streaming" (plain PyTorch, any device, no N×K matrix), "reference"
+            (N×K matrices, for checking), or "auto": "triton" where it can be, else "streaming".
+            All differentiate z, codebook and temperature by hand-written formulas. The fused
+            kernels have been checked in Triton's interpreter and compiled, but not yet run on a
+            GPU; `python -m pytest -m gpu` checks yours.
+        precision: how the fused kernels may multiply float32 latents: "highest" is as accurate as
             float32 products, "high" only in the scores (the rest has bfloat16 operands), "medium"
-            has bfloat16 operands throughout. The other backends ignore it.
+            has bfloat16 operands throughout; None follows `torch.get_float32_matmul_precision()`.
+            The other backends ignore it.
 
     Raises:
         TypeError: a tensor that is not floating point.
-        ValueError: a shape, a temperature or a name that is not allowed.
+        ValueError: a shape, a temperature or a name that is not allowed, or tensors that
+            backend="triton" cannot take.
 
     The derivation stands in kernels/README.md.
     """
     _one_of("estimator", estimator, Estimator)
-    _one_of("precision", precision, Precision)
-    z_heads, codebook_heads, temperature, backend = _prepare(z, codebook, temperature, backend)
+    z_heads, codebook_heads, temperature, backend = _prepare(
+        z, codebook, temperature, backend, precision
+    )
     outputs = autograd.SoftQuantize.apply(
         z_heads,
         codebook_heads,
@@ -79,15 +85,22 @@ def soft_quantize(
 
 
 def code_usage(
-    z: Tensor, codebook: Tensor, temperature: float | Tensor, *, backend: Backend = "auto"
+    z: Tensor,
+    codebook: Tensor,
+    temperature: float | Tensor,
+    *,
+    backend: Backend = "auto",
+    precision: Precision | None = None,
 ) -> Tensor:
     """Mean assignment probability of each code over all rows of z, (K,) or (H, K); differentiable.
 
     Arguments and errors as in `soft_quantize`; a batch without rows has no mean and gives NaN.
     """
-    z_heads, codebook_heads, temperature, backend = _prepare(z, codebook, temperature, backend)
-    usage = autograd.CodeUsage.apply(z_heads, codebook_heads, temperature, "highest", backend)
-    return usage if codebook.dim() == 3 else usage[0]
+    z_heads, codebook_heads, temperature, backend = _prepare(
+        z, codebook, temperature, backend, precision
+    )
+    usage = autograd.CodeUsage.apply(z_heads, codebook_heads, temperature, precision, backend)
+    return usage if codebook.dim() == 3 else usage.squeeze(0)
 
 
 def assignment_probabilities(z: Tensor, codebook: Tensor, temperature: float | Tensor) -> Tensor:
@@ -95,52 +108,81 @@ def assignment_probabilities(z: Tensor, codebook: Tensor, temperature: float | T
 
     Arguments and errors as in `soft_quantize`.
     """
-    z_heads, codebook_heads, temperature, _ = _prepare(z, codebook, temperature, "reference")
+    z_heads, codebook_heads, temperature, _ = _prepare(z, codebook, temperature, "reference", None)
     p = reference.scores(z_heads, codebook_heads, temperature).softmax(-1)
     return _as_rows(p, z, codebook)
 
 
 def nearest_codes(
-    z: Tensor, codebook: Tensor, *, backend: Backend = "auto"
+    z: Tensor,
+    codebook: Tensor,
+    *,
+    backend: Backend = "auto",
+    precision: Precision | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Index (...) int64 of each row's nearest code, and its squared distance (...).
 
     z (..., D) and codebook (K, D), or (..., H, D) and (H, K, D). The lowest index wins a tie. The
-    distance is differentiable in z and codebook. Errors as in `soft_quantize`.
+    distance is differentiable in z and codebook. Arguments and errors as in `soft_quantize`, but
+    "high" here is as accurate as "highest", and "medium" rounds float32 to float16.
     """
-    z_heads, codebook_heads, _, backend = _prepare(z, codebook, 1.0, backend)
-    indices = operators.nearest(z_heads.detach(), codebook_heads.detach(), backend)
-    rows = indices[..., None].expand(-1, -1, codebook.shape[-1])
-    squared_distance = (z_heads - codebook_heads.gather(1, rows)).square().sum(-1)
+    z_heads, codebook_heads, _, backend = _prepare(z, codebook, 1.0, backend, precision)
+    indices = operators.nearest(z_heads.detach(), codebook_heads.detach(), precision, backend)
+    codes = autograd.CodesAt.apply(codebook_heads, indices, backend)
+    squared_distance = (z_heads - codes).square().sum(-1)
     return _as_rows(indices, z, codebook), _as_rows(squared_distance, z, codebook)
 
 
-def code_sums(z: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
+def code_sums(
+    z: Tensor, indices: Tensor, codebook_size: int, *, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
     """Sum (K, D) and count (K,) of the rows of z assigned to each code, in float32 at least.
 
-    The statistics of a k-means step and of an EMA codebook. z (..., D), indices (...) int64 in
-    [0, K). Raises ValueError when the shapes differ.
+    The statistics of a k-means step and of an EMA codebook; the sum is differentiable in z.
+
+    Args:
+        z: (..., D), any floating dtype.
+        indices: (...) int64 in [0, K). On a GPU nobody checks the range, which would wait for the
+            device: outside it the result is undefined.
+        codebook_size: K.
+        backend: as in `soft_quantize`, but "triton" takes float64 and every D, and "reference" is
+            "streaming": plain additions, on a GPU in an order that differs from run to run.
+
+    Raises:
+        TypeError: z is not floating point, or indices are not int64.
+        ValueError: the shapes differ, or, on a CPU, an index lies outside [0, K).
     """
+    _one_of("backend", backend, Backend)
+    _check_floating("z", z)
+    if indices.dtype != torch.int64:
+        raise TypeError(f"indices must be an int64 tensor, got {indices.dtype}")
     if indices.shape != z.shape[:-1]:
         raise ValueError(
             f"indices must have the shape of z without its last dimension, {tuple(z.shape[:-1])}; "
             f"got {tuple(indices.shape)}"
         )
     rows, indices = z.reshape(-1, z.shape[-1]), indices.reshape(-1)
-    dtype = torch.promote_types(z.dtype, torch.float32)
-    sums = z.new_zeros((codebook_size, z.shape[-1]), dtype=dtype)
-    sums = sums.index_add(0, indices, rows.to(dtype))
-    return sums, torch.bincount(indices, minlength=codebook_size).to(dtype)
+    if _may_read(indices) and len(indices):
+        low, high = (int(x) for x in indices.aminmax())
+        if low < 0 or high >= codebook_size:
+            raise ValueError(f"indices must lie in [0, {codebook_size}), got {low} to {high}")
+    backend = _choose_backend(z, backend, _fused_obstacle(z))
+    return operators.code_sums(rows, indices, codebook_size, backend)
 
 
 def _prepare(
-    z: Tensor, codebook: Tensor, temperature: float | Tensor, backend: str
+    z: Tensor,
+    codebook: Tensor,
+    temperature: float | Tensor,
+    backend: str,
+    precision: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, str]:
     """Check everything, and bring z to (H, N, D), the codebook to (H, K, D), T to a 0-d tensor."""
     _one_of("backend", backend, Backend)
-    for name, tensor in (("z", z), ("codebook", codebook)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+    if precision is not None:
+        _one_of("precision", precision, Precision)
+    _check_floating("z", z)
+    _check_floating("codebook", codebook)
     if codebook.dim() not in (2, 3):
         raise ValueError(f"codebook must be (K, D) or (H, K, D), got {tuple(codebook.shape)}")
     if 0 in codebook.shape:
@@ -153,7 +195,7 @@ def _prepare(
     if z.device != codebook.device:
         raise ValueError(f"z is on {z.device} and codebook on {codebook.device}; use one device")
     temperature = _temperature_tensor(temperature, z)
-    backend = _choose_backend(z, codebook, backend)
+    backend = _soft_backend(z, codebook, backend)
 
     if codebook.dim() == 2:
         return z.reshape(1, -1, z.shape[-1]), codebook[None], temperature, backend
@@ -165,21 +207,41 @@ def _prepare(
     return z.reshape(-1, *z.shape[-2:]).transpose(0, 1), codebook, temperature, backend
 
 
-def _choose_backend(z: Tensor, codebook: Tensor, backend: str) -> str:
-    if backend == "auto":
-        return "streaming"  # the fused kernels only by name, until they have run on a GPU
-    if backend != "triton":
-        return backend
+def _soft_backend(z: Tensor, codebook: Tensor, backend: str) -> str:
+    """`_choose_backend` for the kernels of `softvq.kernels.fused`."""
+    obstacle = _fused_obstacle(z)
     if torch.float64 in (z.dtype, codebook.dtype):
-        raise ValueError("backend 'triton' has no float64; use 'streaming' or 'reference'")
+        obstacle = "has no float64; use 'streaming' or 'reference'"
+    backend = _choose_backend(z, backend, obstacle)
+    return "streaming" if backend == "triton" and z.shape[-1] > _MAX_FUSED_DIM else backend
+
+
+def _choose_backend(z: Tensor, backend: str, obstacle: str | None) -> str:
+    """What "auto" stands for; `obstacle` says why the fused kernels cannot be used, if so."""
+    if backend == "triton" and obstacle:
+        raise ValueError(f"backend 'triton' {obstacle}")
+    if backend == "auto":
+        return "triton" if z.is_cuda and not obstacle else "streaming"
+    return backend
+
+
+def _fused_obstacle(z: Tensor) -> str | None:
+    """What this machine lacks for fused kernels on z, as the end of a sentence."""
     if not _HAS_TRITON:
-        raise ValueError("backend 'triton' needs the package triton")
-    if not z.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f"backend 'triton' needs CUDA tensors, got {z.device}; "
+        return "needs the package triton"
+    if z.is_cuda:
+        device = torch.cuda.get_device_properties(z.device)
+        if device.major < _LEAST_CAPABILITY:
+            return (
+                f"needs a GPU of compute capability {_LEAST_CAPABILITY}.0, "
+                f"{device.name} has {device.major}.{device.minor}"
+            )
+    elif os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            f"needs CUDA tensors, got {z.device}; "
             "with TRITON_INTERPRET=1 in the environment it interprets them, slowly"
         )
-    return "triton" if z.shape[-1] <= _MAX_FUSED_DIM else "streaming"
+    return None
 
 
 def _temperature_tensor(temperature: float | Tensor, z: Tensor) -> Tensor:
@@ -189,13 +251,22 @@ def _temperature_tensor(temperature: float | Tensor, z: Tensor) -> Tensor:
                 "temperature must be a number or a 0-d floating-point tensor, got "
                 f"shape {tuple(temperature.shape)}, {temperature.dtype}"
             )
-        # Reading a GPU tensor would stall the stream, and reading at all would break a graph.
-        if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+        if _may_read(temperature):
             _check_temperature(temperature.item())
         return temperature.to(z.device)
     _check_temperature(temperature)
     dtype = torch.promote_types(z.dtype, torch.float32)
     return torch.full((), temperature, dtype=dtype, device=z.device)
+
+
+def _may_read(x: Tensor) -> bool:
+    """Reading a GPU tensor would stall the stream, and reading at all would break a graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_floating(name: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
 
 
 def _check_temperature(value: float) -> None:
@@ -204,11 +275,12 @@ def _check_temperature(value: float) -> None:
 
 
 def _as_rows(output: Tensor, z: Tensor, codebook: Tensor) -> Tensor:
-    """Undo the head-first layout: (H, N, ...) back to the leading dimensions of z."""
-    trailing = output.shape[2:]
-    if codebook.dim() == 2:
-        return output[0].reshape(*z.shape[:-1], *trailing)
-    return output.transpose(0, 1).reshape(*z.shape[:-1], *trailing)
+    """Undo the head-first layout: (H, N, ...) back to the leading dimensions of z.
+
+    Views, whose backward copies nothing; an index would allocate its gradient once more.
+    """
+    output = output if codebook.dim() == 2 else output.transpose(0, 1)
+    return output.reshape(*z.shape[:-1], *output.shape[2:])
 
 
 def _one_of(name: str, value: object, allowed: object) -> None:

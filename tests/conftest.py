@@ -6,11 +6,22 @@ import torch
 from softvq.training.config import TrainConfig
 from softvq.training.trainer import train
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    # cuBLAS wants this before it is deterministic (below), and reads it once.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+else:
     # Before triton is imported: its interpreter runs the kernels on the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked gpu are skipped without a GPU."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,6 @@
-"""The public operators: layout, estimators, errors, and how they live with the rest of PyTorch."""
+"""The public operators: layout, estimators, the choice of a backend, errors."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,9 +8,12 @@ from torch._subclasses import FakeTensorMode
 
 import softvq
 from softvq import functional
-from softvq.kernels import operators
+from softvq.kernels import streaming
 
 BACKENDS = ("streaming", "reference")
+needs_triton = pytest.mark.skipif(not functional._HAS_TRITON, reason="needs triton")
+EVERY_BACKEND = (*BACKENDS, pytest.param("triton", marks=needs_triton))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where triton runs
 
 
 def inputs(rows=(4, 6), codes=10, dim=5, dtype=torch.float64):
@@ -37,6 +42,23 @@ def test_gradcheck_of_the_materialised_probabilities_and_the_distance():
     assert torch.autograd.gradcheck(lambda z, c: softvq.nearest_codes(z, c)[1], (z, codebook))
 
 
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+def test_the_distance_has_the_gradients_of_its_formula(backend):
+    z = torch.randn(7, 3, 5, device=DEVICE, requires_grad=True)
+    codebook = torch.randn(3, 10, 5, device=DEVICE, requires_grad=True)
+    indices, distance = softvq.nearest_codes(z, codebook, backend=backend)
+    expected = (z - codebook[torch.arange(3, device=DEVICE), indices]).square().sum(-1)
+    torch.testing.assert_close(distance, expected)
+    for a, b in zip(*(torch.autograd.grad(x.exp().sum(), (z, codebook))
+                      for x in (distance, expected)), strict=True):  # fmt: skip
+        torch.testing.assert_close(a, b)
+
+
+def test_the_distance_can_be_differentiated_twice():
+    z, codebook, _ = inputs(rows=(3,))
+    assert torch.autograd.gradgradcheck(lambda z, c: softvq.nearest_codes(z, c)[1], (z, codebook))
+
+
 def test_shapes_and_dtypes():
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         z, codebook = torch.randn(2, 3, 5).to(dtype), torch.randn(10, 5)
@@ -60,6 +82,24 @@ def test_heads_are_independent_codebooks(backend):
     assert softvq.assignment_probabilities(z, codebook, 0.5).shape == (2, 7, 3, 10)
     indices, distance = softvq.nearest_codes(z, codebook)
     assert indices.shape == distance.shape == (2, 7, 3)
+
+
+@pytest.mark.parametrize("heads", [(), (3,)], ids=str)
+def test_gradients_arrive_and_leave_without_a_copy(heads, monkeypatch):
+    seen = []
+
+    def record(z, codebook, temperature, grad_quantized, *rest):
+        grads = backward(z, codebook, temperature, grad_quantized, *rest)
+        seen.extend((z, grad_quantized, grads[0]))
+        return grads
+
+    backward = streaming.soft_backward
+    monkeypatch.setattr(streaming, "soft_backward", record)
+    z, codebook = torch.randn(4, 7, *heads, 5, requires_grad=True), torch.randn(*heads, 10, 5)
+    grad = torch.randn_like(z)
+    (dz,) = torch.autograd.grad(softvq.soft_quantize(z, codebook, 1.0).quantized, z, grad)
+    assert [x.data_ptr() for x in seen[:2]] == [z.data_ptr(), grad.data_ptr()]
+    assert dz.data_ptr() == seen[2].data_ptr()
 
 
 def test_probabilities_agree_with_the_operator():
@@ -97,20 +137,64 @@ def test_detached_probabilities_move_only_the_codebook(backend):
     torch.testing.assert_close(dc, p.T @ grad.reshape(-1, 5))
 
 
-def test_code_sums_are_the_statistics_of_k_means():
-    z = torch.randn(20, 3, 4).bfloat16()
-    indices = torch.randint(0, 6, (20, 3))
-    sums, counts = softvq.code_sums(z, indices, 8)
-    one_hot = torch.nn.functional.one_hot(indices, 8).float().reshape(-1, 8)
-    assert sums.dtype == counts.dtype == torch.float32
-    torch.testing.assert_close(sums, one_hot.T @ z.float().reshape(-1, 4))
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_code_sums_are_the_statistics_of_k_means(backend, dtype):
+    z = torch.randn(20, 3, 4, device=DEVICE).to(dtype).requires_grad_()
+    indices = torch.randint(0, 6, (20, 3), device=DEVICE)
+    sums, counts = softvq.code_sums(z, indices, 8, backend=backend)
+    one_hot = torch.nn.functional.one_hot(indices, 8).to(sums.dtype).reshape(-1, 8)
+    assert sums.dtype == counts.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(sums, one_hot.T @ z.to(sums.dtype).reshape(-1, 4))
     assert torch.equal(counts, one_hot.sum(0))
+    weight = torch.randn_like(sums)
+    (dz,) = torch.autograd.grad(sums, z, weight)
+    assert torch.equal(dz, weight[indices].to(dtype))
 
 
-def test_auto_never_chooses_the_fused_kernels():
-    with FakeTensorMode():
-        z = torch.empty(3, 4, device="cuda")
-    assert functional._choose_backend(z, z, "auto") == "streaming"
+@pytest.fixture
+def fake_card(monkeypatch):
+    """Makes empty tensors (3, D) on a CUDA device of any compute capability."""
+
+    def tensor(major=9, dim=4, dtype=torch.float32):
+        card = SimpleNamespace(name="Card", major=major, minor=5)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+        with FakeTensorMode():
+            return torch.empty(3, dim, device="cuda", dtype=dtype)
+
+    return tensor
+
+
+def chosen(z: torch.Tensor, backend="auto") -> tuple[str, str]:
+    """The backend for soft_quantize, and the one for code_sums."""
+    obstacle = functional._fused_obstacle(z)
+    return functional._soft_backend(z, z, backend), functional._choose_backend(z, backend, obstacle)
+
+
+@needs_triton
+def test_auto_is_fused_where_the_kernels_can_be_used(fake_card, monkeypatch):
+    assert chosen(fake_card()) == ("triton", "triton")
+    assert chosen(fake_card(dim=256)) == ("triton", "triton")
+    assert chosen(fake_card(dim=257)) == ("streaming", "triton")
+    assert chosen(fake_card(dtype=torch.float64)) == ("streaming", "triton")
+    assert chosen(fake_card(major=7)) == ("streaming", "streaming")
+    assert chosen(torch.empty(3, 4)) == ("streaming", "streaming")
+    monkeypatch.setattr(functional, "_HAS_TRITON", False)
+    assert chosen(fake_card()) == ("streaming", "streaming")
+
+
+@needs_triton
+def test_triton_says_what_it_lacks(fake_card, monkeypatch):
+    with pytest.raises(ValueError, match="'triton' has no float64"):
+        chosen(fake_card(dtype=torch.float64), "triton")
+    with pytest.raises(ValueError, match=r"compute capability 8\.0, Card has 7\.5"):
+        chosen(fake_card(major=7), "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="'triton' needs CUDA tensors, got cpu"):
+        softvq.code_sums(torch.ones(3, 4), torch.tensor([0, 1, 1]), 2, backend="triton")
+    monkeypatch.setattr(functional, "_HAS_TRITON", False)
+    with pytest.raises(ValueError, match="'triton' needs the package triton"):
+        chosen(fake_card(), "triton")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -153,83 +237,26 @@ def test_bad_input_is_named(change, error, message):
         softvq.soft_quantize(**call)
 
 
-def test_code_sums_names_a_wrong_shape():
-    with pytest.raises(ValueError, match=r"indices must have the shape .* \(3,\); got \(2,\)"):
-        softvq.code_sums(torch.zeros(3, 4), torch.zeros(2, dtype=torch.int64), 5)
+@pytest.mark.parametrize("function", [softvq.code_usage, softvq.nearest_codes])
+def test_every_call_names_a_wrong_precision(function):
+    arguments = (torch.zeros(2, 5), torch.zeros(9, 5), 1.0)[
+        : 3 - (function is softvq.nearest_codes)
+    ]
+    with pytest.raises(ValueError, match="precision must be one of"):
+        function(*arguments, precision="low")
 
 
-def test_a_second_derivative_is_refused():
-    z, codebook, temperature = inputs()
-    quantized = softvq.soft_quantize(z, codebook, temperature).quantized
-    (dz,) = torch.autograd.grad(quantized.square().sum(), z, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        dz.sum().backward()
-
-
-def test_autocast_does_not_lower_the_precision():
-    z, codebook, temperature = inputs(rows=(64,), dtype=torch.float32)
-    grad = torch.randn_like(z)
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = softvq.soft_quantize(z, codebook, temperature)
-        inside_grad = torch.autograd.grad(inside.quantized, z, grad)[0]
-    outside = softvq.soft_quantize(z, codebook, temperature)
-    outside_grad = torch.autograd.grad(outside.quantized, z, grad)[0]
-    assert torch.equal(inside.quantized, outside.quantized)
-    assert torch.equal(inside_grad, outside_grad)
-
-
-def test_one_graph_under_compile_whatever_the_temperature():
-    graphs = []
-
-    def backend(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    @torch.compile(backend=backend, fullgraph=True)
-    def step(z, codebook, temperature):
-        out = softvq.soft_quantize(z, codebook, temperature)
-        usage = softvq.code_usage(z, codebook, temperature)
-        return out.quantized.sum() + out.entropy.sum() + usage.square().sum()
-
-    z, codebook, _ = inputs(dtype=torch.float32)
-    for value in (1.0, 0.5, 0.25):
-        loss = step(z, codebook, torch.tensor(value))
-        expected = softvq.soft_quantize(z, codebook, value)
-        usage = softvq.code_usage(z, codebook, value)
-        total = expected.quantized.sum() + expected.entropy.sum() + usage.square().sum()
-        torch.testing.assert_close(loss, total)
-        grad = torch.autograd.grad(loss, codebook)[0]
-        torch.testing.assert_close(grad, torch.autograd.grad(total, codebook)[0])
-    assert len(graphs) == 1
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_registered_operators_pass_opcheck(backend):
-    z, codebook = torch.randn(2, 6, 5), torch.randn(2, 10, 5)
-    temperature = torch.tensor(0.7)
-    g, row = torch.randn_like(z), torch.randn(2, 6)
-    for operator, arguments in (
-        (operators.soft_forward, (z, codebook, temperature, "highest", backend)),
-        (
-            operators.soft_backward,
-            (
-                z,
-                codebook,
-                temperature,
-                g,
-                row,
-                None,
-                None,
-                True,
-                True,
-                False,
-                None,
-                None,
-                "highest",
-                backend,
-            ),
-        ),
-        (operators.probability_sums, (z, codebook, temperature, g, None, "highest", backend)),
-        (operators.nearest, (z, codebook, backend)),
-    ):
-        torch.library.opcheck(operator, arguments)
+@pytest.mark.parametrize(
+    ("z", "indices", "error", "message"),
+    [
+        (torch.zeros(3, 4), torch.tensor([0, 1]), ValueError, r"shape .* \(3,\); got \(2,\)"),
+        (torch.zeros(2, 4), torch.tensor([0, 5]), ValueError, r"lie in \[0, 5\), got 0 to 5"),
+        (torch.zeros(2, 4), torch.tensor([-1, 4]), ValueError, r"lie in \[0, 5\), got -1 to 4"),
+        (torch.zeros(2, 4), torch.tensor([0.0, 1.0]), TypeError, "int64 .* got torch.float32"),
+        (torch.zeros(2, 4).long(), torch.tensor([0, 1]), TypeError, "z must .* got torch.int64"),
+    ],
+    ids=str,
+)
+def test_code_sums_names_what_is_wrong(z, indices, error, message):
+    with pytest.raises(error, match=message):
+        softvq.code_sums(z, indices, 5)

@@ -38,7 +38,6 @@ def check(
     names=ALL,
     draws=8,
     matmul=torch.matmul,
-    usage_floor=0.0,
     **options,
 ) -> None:
     """Outputs within 2× and gradients within 3× plain float32 PyTorch's own error, over draws.
@@ -46,7 +45,7 @@ def check(
     With `matmul` plain PyTorch multiplies otherwise; with a `dtype` of None the drawn dtypes stay.
     """
     errors = {name: Errors() for name in (*ALL, "grad z", "grad codebook", "grad temperature")}
-    errors["entropy"].floor, errors["usage"].floor = 1.0, usage_floor
+    errors["entropy"].floor = 1.0
     for _ in range(draws):
         # The rounded inputs are the problem.
         given = draw() if dtype is None else draw().to(dtype)

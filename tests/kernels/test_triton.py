@@ -16,13 +16,11 @@ from checks import ALL, check, incoming_for, make, near_ties, run
 from naive import Problem, forward, matmul_in
 
 import softvq
-from softvq.kernels import code_sweep, fused, operators, streaming, tiles
+from softvq.kernels import code_sweep, fused, streaming, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 draw = partial(make, device=DEVICE)
 check_fused = partial(check, fused, draws=2)
-# The packed index costs p a relative error of eps·‖z‖²/T, which usage, float32, can show.
-check_16_bit = partial(check_fused, usage_floor=10.0)
 
 SHAPES = [  # heads, rows, codes, D
     (1, 1, 1, 1),
@@ -49,14 +47,14 @@ def test_shapes_and_temperatures(shape, temperature):
 
 def test_small_tiles(small_tiles):
     check_fused(lambda: draw(2, 70, 70, 20))
-    check_16_bit(lambda: draw(1, 70, 70, 20), torch.bfloat16, matmul=matmul_in(torch.bfloat16))
+    check_fused(lambda: draw(1, 70, 70, 20), torch.bfloat16, matmul=matmul_in(torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 67, 67, 5), (1, 130, 130, 48)], ids=str)
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 100.0])
 def test_16_bit_inputs(dtype, shape, temperature):
-    check_16_bit(lambda: draw(*shape, temperature=temperature), dtype, matmul=matmul_in(dtype))
+    check_fused(lambda: draw(*shape, temperature=temperature), dtype, matmul=matmul_in(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -65,7 +63,7 @@ def test_16_bit_latents_with_a_float32_codebook(dtype):
         problem = draw(2, 67, 130, 20, temperature=0.5)
         return Problem(problem.z.to(dtype), problem.codebook, problem.temperature)
 
-    check_16_bit(mixed, None, matmul=matmul_in(dtype))
+    check_fused(mixed, None, matmul=matmul_in(dtype))
 
 
 # Largest error relative to the largest true value (D = 48, T = 1): what the scores lose is about
@@ -249,17 +247,3 @@ def test_what_the_kernels_do_not_take(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="needs CUDA tensors, got cpu"):
         softvq.soft_quantize(z.cpu(), codebook.cpu(), 1.0, backend="triton")
-
-
-def test_opcheck():
-    z, codebook = torch.randn(2, 6, 5, device=DEVICE), torch.randn(2, 10, 5, device=DEVICE)
-    temperature, row = torch.tensor(0.7, device=DEVICE), torch.randn(2, 6, device=DEVICE)
-    inputs, how = (z, codebook, temperature), ("highest", "triton")
-    _, indices, _, _, state = fused.soft_forward(*inputs)
-    for operator, arguments in (
-        (operators.soft_forward, how),
-        (operators.soft_backward, (z, row, None, None, True, True, False, z, indices, state, *how)),
-        (operators.probability_sums, (None, None, *how)),
-        (operators.probability_sums, (z, state, *how)),
-    ):
-        torch.library.opcheck(operator, (*inputs, *arguments))

@@ -1,0 +1,184 @@
+"""What only a GPU can show of the kernels: the same bits every time, large and huge problems.
+
+`python -m pytest -m gpu` runs what needs a GPU, here and in the other files; where there is one,
+the other tests of the kernels compile them too, instead of interpreting them.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the fused kernels are written in Triton")
+
+from checks import ALL, make
+from naive import Errors, Problem, forward, gradients, matmul_in
+
+from softvq.kernels import fused
+from softvq.kernels.code_sums import code_sums
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+    (torch.float32, torch.bfloat16),
+]
+# 16-bit latents are multiplied as they are, whatever the precision.
+ARITHMETICS = [
+    (*dtypes, precision)
+    for dtypes in DTYPES
+    for precision in ("highest", "high", "medium")
+    if dtypes[0] == torch.float32 or precision == "highest"
+]
+
+
+def draw(heads, rows, codes, dim, z_dtype=torch.float32, codebook_dtype=torch.float32) -> Problem:
+    problem = make(heads, rows, codes, dim, temperature=dim / 8, device=DEVICE)
+    return Problem(problem.z.to(z_dtype), problem.codebook.to(codebook_dtype), problem.temperature)
+
+
+def incoming_of(problem: Problem) -> dict[str, torch.Tensor]:
+    """Random gradients for every output."""
+    (heads, rows, _), codes = problem.z.shape, problem.codebook.shape[1]
+    row, usage = (
+        torch.randn(2, heads, rows, device=DEVICE),
+        torch.randn(heads, codes, device=DEVICE),
+    )
+    return dict(zip(ALL, (torch.randn_like(problem.z), *row, usage), strict=True))
+
+
+def run(problem: Problem, incoming, precision="highest") -> dict[str, torch.Tensor]:
+    """Outputs and gradients of the fused kernels, by name."""
+    quantized, indices, log_partition, entropy, state = fused.soft_forward(*problem, precision)
+    usage = fused.probability_sums(*problem, None, None, precision)[..., 0] / problem.z.shape[1]
+    needs = (True, True, True)
+    grads = fused.soft_backward(
+        *problem, *(incoming.get(name) for name in ALL), *needs, quantized, indices, state, precision
+    )
+    outputs = dict(zip(ALL, (quantized, log_partition, entropy, usage), strict=True))
+    names = ("grad z", "grad codebook", "grad temperature")
+    return outputs | {"indices": indices} | dict(zip(names, grads, strict=True))
+
+
+def in_blocks(problem: Problem, incoming, matmul=torch.matmul) -> dict[str, torch.Tensor]:
+    """The same from plain PyTorch in the problem's dtype, in blocks of rows of bounded memory."""
+    rows, blocks = problem.z.shape[1], []
+    step = 2**26 // problem.codebook.shape[1]
+    for start in range(0, rows, step):
+        block = slice(start, start + step)
+        part = Problem(problem.z[:, block], *problem[1:]).to(problem.z.dtype)
+        share = part.z.shape[1] / rows
+        given = {name: x * share if name == "usage" else x[:, block]
+                 for name, x in incoming.items()}  # fmt: skip
+        result = {name: x.detach() for name, x in forward(part, matmul).items()}
+        result["usage"] *= share
+        grads = gradients(part, given, matmul)
+        blocks.append(result | {f"grad {name}": grad for name, grad in grads.items()})
+    added = ("usage", "grad codebook", "grad temperature")
+    return {
+        name: sum(x) if name in added else torch.cat(x, 1)
+        for name in blocks[0]
+        for x in [[block[name] for block in blocks]]
+    }
+
+
+@pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("arithmetic", ARITHMETICS, ids=str)
+def test_the_same_bits_every_time(arithmetic, dim):
+    *dtypes, precision = arithmetic
+    problem = draw(2, 5000, 1000, dim, *dtypes)
+    incoming = incoming_of(problem)
+    first = run(problem, incoming, precision)
+    nearest = fused.nearest(*problem[:2], precision)
+    for _ in range(10):
+        for name, x in run(problem, incoming, precision).items():
+            assert torch.equal(x, first[name]), name
+        assert torch.equal(fused.nearest(*problem[:2], precision), nearest)
+
+
+@pytest.mark.parametrize("dim", [1, 16, 64, 256, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_same_sums_every_time(dtype, dim):
+    z = torch.randn(50_000, dim, device=DEVICE).to(dtype)
+    indices = torch.randint(0, 100, (50_000,), device=DEVICE) ** 2 // 100  # uneven
+    first = code_sums(z, indices, 100)
+    for _ in range(10):
+        assert all(
+            torch.equal(a, b) for a, b in zip(code_sums(z, indices, 100), first, strict=True)
+        )
+
+
+@pytest.mark.parametrize("codes", [1000, 8192])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_large_problems_against_float64(dtypes, dim, codes):
+    """Outputs within 2× and gradients within 3× the error of plain float32 PyTorch."""
+    problem = draw(1, 70_001, codes, dim, *dtypes)
+    incoming = incoming_of(problem)
+    ours = run(problem, incoming)
+    matmul = torch.matmul if dtypes[0] == torch.float32 else matmul_in(dtypes[0])
+    plain = in_blocks(problem.to(torch.float32), incoming, matmul)
+    truth = in_blocks(problem.to(torch.float64), incoming)
+    for name, expected in truth.items():
+        errors = Errors(floor=1.0 if name == "entropy" else 0.0)
+        errors.add(ours[name], plain[name], expected)
+        errors.assert_no_worse(3 if name.startswith("grad") else 2, name)
+
+
+@pytest.mark.parametrize("codes", [1000, 8192])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_nearest_of_large_problems(dtypes, dim, codes):
+    """No code is closer than the chosen one by more than the rounding of a product z·c."""
+    z, codebook, _ = draw(1, 70_001, codes, dim, *dtypes)
+    indices = fused.nearest(z, codebook)[0]
+    z, codebook = z[0].double(), codebook[0].double()
+    longest = codebook.norm(dim=1).max()
+    for rows, chosen in zip(z.split(4096), indices.split(4096), strict=True):
+        # The same for all codes of a row: ‖z‖² is left out.
+        distance = codebook.square().sum(1) - 2 * rows @ codebook.T
+        excess = distance.gather(1, chosen[:, None])[:, 0] - distance.amin(1)
+        assert (excess <= 16 * 2**-24 * (rows.norm(dim=1) + longest) * longest).all()
+
+
+def test_sums_of_many_rows():
+    z, indices = (
+        torch.randn(10**6, 64, device=DEVICE),
+        torch.randint(0, 50, (10**6,), device=DEVICE),
+    )
+    sums, counts = code_sums(z, indices, 50)
+    error = Errors()
+    truth = z.new_zeros(50, 64, dtype=torch.float64).index_add(0, indices, z.double())
+    error.add(sums, z.new_zeros(50, 64).index_add(0, indices, z), truth)
+    error.assert_no_worse(2, "sums")
+    assert torch.equal(counts.long(), torch.bincount(indices, minlength=50))
+
+
+@pytest.mark.parametrize("dim", [64, 256])
+def test_more_than_2_31_elements(dim):
+    """The last rows of a huge problem, whose other rows are zero, give what they give alone."""
+    rows, tail = 2**31 // dim + 1000, 2000
+    if torch.cuda.mem_get_info()[0] < 26e9:
+        pytest.skip("needs 26 GB of free GPU memory")
+    few = draw(1, tail, 128, dim, torch.bfloat16, torch.bfloat16)
+    alone = incoming_of(few)
+    del alone["usage"]
+
+    def at_the_end(x):
+        padded = x.new_zeros((1, rows, *x.shape[2:]))
+        padded[:, -tail:] = x
+        return padded
+
+    many = Problem(at_the_end(few.z), *few[1:])
+    outputs = run(many, {name: at_the_end(x) for name, x in alone.items()})
+    expected = run(few, alone)
+    for name in ("quantized", "log_partition", "entropy", "indices", "grad z"):
+        assert torch.equal(outputs[name][:, -tail:], expected[name]), name
+    # Zero gradients arrive at the other rows.
+    torch.testing.assert_close(outputs["grad codebook"], expected["grad codebook"])
+    assert torch.equal(fused.nearest(many.z, many.codebook)[:, -tail:], fused.nearest(*few[:2]))
+    sums, counts = code_sums(many.z[0], outputs["indices"][0], 128)
+    torch.testing.assert_close(sums, code_sums(few.z[0], expected["indices"][0], 128)[0])
+    assert counts.sum() == rows

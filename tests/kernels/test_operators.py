@@ -1,0 +1,211 @@
+"""The operators among the rest of PyTorch: its precision setting, compile, autocast, opcheck."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import softvq
+from softvq.kernels import operators
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+TRITON = pytest.param("triton", marks=needs_triton)
+
+
+def inputs(rows=70, codes=40, dim=20):
+    z = torch.randn(rows, dim, device=DEVICE, requires_grad=True)
+    codebook = torch.randn(codes, dim, device=DEVICE, requires_grad=True)
+    return z, codebook, torch.tensor(0.7, device=DEVICE, requires_grad=True)
+
+
+def every_result(z, codebook, temperature, **options) -> tuple[torch.Tensor, ...]:
+    """All that the operators give, differentiable first."""
+    out = softvq.soft_quantize(z, codebook, temperature, **options)
+    usage = softvq.code_usage(z, codebook, temperature, **options)
+    indices, distance = softvq.nearest_codes(z, codebook, **options)
+    sums, counts = softvq.code_sums(z, out.indices, len(codebook), backend=options["backend"])
+    differentiable = (out.quantized, out.log_partition, out.entropy, usage, distance, sums)
+    return *differentiable, out.indices, indices, counts
+
+
+def with_gradients(function, *tensors, **options) -> list[torch.Tensor]:
+    """Results of `every_result`, and gradients of the inputs."""
+    results = function(*tensors, **options)
+    loss = sum(x.square().mean() for x in results[:6])
+    return [*results, *torch.autograd.grad(loss, tensors)]
+
+
+def assert_same_bits(results, expected) -> None:
+    for a, b in zip(results, expected, strict=True):
+        assert torch.equal(a, b) and a.dtype == b.dtype
+
+
+@pytest.fixture
+def set_precision():
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision("highest")
+
+
+def explicit(*tensors) -> dict[str, list[torch.Tensor]]:
+    """The fused results by the name of their precision; different from one another."""
+    names = ("highest", "high", "medium")
+    results = {
+        name: with_gradients(every_result, *tensors, backend="triton", precision=name)
+        for name in names
+    }
+    assert not torch.equal(results["highest"][0], results["high"][0])
+    assert not torch.equal(results["high"][0], results["medium"][0])
+    return results
+
+
+@needs_triton
+def test_precision_follows_the_setting_of_torch(set_precision):
+    tensors = inputs()
+    for name, expected in explicit(*tensors).items():
+        set_precision(name)
+        assert_same_bits(with_gradients(every_result, *tensors, backend="triton"), expected)
+    chosen = with_gradients(every_result, *tensors, backend="triton", precision="highest")
+    assert_same_bits(chosen, explicit(*tensors)["highest"])
+
+
+@needs_triton
+def test_nearest_follows_the_setting_too(set_precision):
+    codebook = torch.randn(1, 16, device=DEVICE) + 1e-4 * torch.randn(30, 16, device=DEVICE)
+    codebook = torch.cat([codebook, -codebook])  # far from its mean, where float16 is coarse
+    z = codebook + 1e-5 * torch.randn_like(codebook)
+    found = {name: softvq.nearest_codes(z, codebook, backend="triton", precision=name)[0]
+             for name in ("highest", "medium")}  # fmt: skip
+    assert not torch.equal(found["highest"], found["medium"])
+    for name, expected in found.items():
+        set_precision(name)
+        assert torch.equal(softvq.nearest_codes(z, codebook, backend="triton")[0], expected)
+
+
+@needs_triton
+@pytest.mark.parametrize(("newer", "name"), [("tf32", "high"), ("ieee", "highest")])
+def test_precision_set_by_the_newer_name(set_precision, newer, name):
+    tensors = inputs()
+    torch.backends.cuda.matmul.fp32_precision = newer
+    results = with_gradients(every_result, *tensors, backend="triton")
+    assert_same_bits(results, explicit(*tensors)[name])
+
+
+class Graphs:
+    """Compiles with fullgraph=True and counts how often."""
+
+    def __init__(self, function, **options):
+        self.count = 0
+        torch._dynamo.reset()
+        self.run = torch.compile(function, backend=self._backend, fullgraph=True, **options)
+
+    def _backend(self, graph, example_inputs):
+        self.count += 1
+        return graph.forward
+
+
+@needs_triton
+def test_a_compiled_graph_follows_the_setting(set_precision):
+    tensors = inputs()
+    expected = explicit(*tensors)
+    graphs = Graphs(every_result)
+    # torch itself guards on "is it highest?", so that one more graph would be its own doing.
+    for name in ("high", "medium", "high"):
+        set_precision(name)
+        assert_same_bits(with_gradients(graphs.run, *tensors, backend="triton"), expected[name])
+    assert graphs.count == 1
+
+
+@pytest.mark.parametrize("backend", ["streaming", TRITON])
+def test_one_graph_whatever_the_temperature_and_the_rows(backend):
+    graphs = Graphs(every_result, dynamic=True)
+    for temperature, rows in ((1.0, 70), (0.5, 33), (0.25, 90)):
+        z, codebook, _ = inputs(rows)
+        tensors = (z, codebook, torch.tensor(temperature, device=DEVICE, requires_grad=True))
+        compiled = with_gradients(graphs.run, *tensors, backend=backend)
+        assert_same_bits(compiled, with_gradients(every_result, *tensors, backend=backend))
+    assert graphs.count == 1
+
+
+@pytest.mark.parametrize("backend", ["streaming", TRITON])
+@pytest.mark.parametrize("options", [{"estimator": "straight_through"},
+                                     {"detach_probabilities": True}], ids=str)  # fmt: skip
+def test_compiled_estimators(backend, options):
+    tensors = inputs()
+
+    def quantized(*tensors):
+        return softvq.soft_quantize(*tensors, backend=backend, **options).quantized
+
+    torch._dynamo.reset()
+    compiled = torch.compile(quantized, backend="aot_eager", fullgraph=True)
+    grads = [torch.autograd.grad(f(*tensors).square().sum(), tensors, materialize_grads=True)
+             for f in (compiled, quantized)]  # fmt: skip
+    assert_same_bits(*grads)
+    assert torch.equal(compiled(*tensors), quantized(*tensors))
+
+
+@pytest.mark.parametrize("backend", ["streaming", TRITON])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_lower_the_precision(backend, dtype):
+    tensors = inputs()
+    with torch.autocast(DEVICE, dtype):
+        inside = with_gradients(every_result, *tensors, backend=backend)
+    assert_same_bits(inside, with_gradients(every_result, *tensors, backend=backend))
+
+
+@pytest.mark.parametrize("backend", ["streaming", "reference", TRITON])
+@pytest.mark.parametrize("operator", [lambda *x, **o: softvq.soft_quantize(*x, **o).quantized,
+                                      softvq.code_usage], ids=["soft", "usage"])  # fmt: skip
+def test_a_second_derivative_is_refused(backend, operator):
+    tensors = inputs()
+    loss = operator(*tensors, backend=backend).square().sum()
+    (dz,) = torch.autograd.grad(loss, tensors[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dz.sum().backward()
+
+
+def every_call(backend: str) -> list[tuple]:
+    """Each registered operator and arguments for it, without and with what the forward saved."""
+    z, codebook, row = (torch.randn(2, *shape, device=DEVICE) for shape in ((6, 5), (10, 5), (6,)))
+    soft, how = (z, codebook, torch.tensor(0.7, device=DEVICE)), ("highest", backend)
+    quantized, indices, _, _, row_state = operators.soft_forward(*soft, *how)
+    saved = (quantized, indices, row_state) if backend == "triton" else (None,) * 3
+    usage, needs = torch.randn(2, 10, device=DEVICE), (True, True, False)
+    return [
+        (operators.soft_forward, (*soft, *how)),
+        (operators.soft_forward, (*soft, None, backend)),
+        (operators.soft_backward, (*soft, z, row, None, usage, *needs, None, None, None, *how)),
+        (operators.soft_backward, (*soft, z, row, row, None, True, True, True, *saved, *how)),
+        (operators.probability_sums, (*soft, None, None, *how)),
+        (operators.probability_sums, (*soft, z, saved[2], *how)),
+        (operators.nearest, (z, codebook, *how)),
+    ]
+
+
+@pytest.mark.parametrize("backend", ["streaming", "reference", TRITON])
+@pytest.mark.parametrize("index", range(7))
+def test_opcheck(backend, index):
+    torch.library.opcheck(*every_call(backend)[index])
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Refuses what would wait for a GPU: a value, or a shape that depends on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+        assert not waits & set(func.tags), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@needs_triton
+def test_the_fused_backend_never_reads_a_value():
+    from softvq.kernels import fused
+
+    calls = every_call("triton")
+    with NothingIsRead():
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            torch.ones(()).item()
+        for operator, (*arguments, precision, _) in calls:
+            function = getattr(fused, operator.name().removeprefix("softvq::"))
+            function(*arguments, precision or "highest")
