@@ -104,7 +104,7 @@ def _forward_kernel(
     STAGES: tl.constexpr,
 ):
     """One program: ROWS latents of one head against all codes."""
-    start = tile_start(tl.program_id(0).to(tl.int64) * ROWS, rows, ROWS, WHOLE_TILES)
+    start = tile_start(tl.program_id(0) * ROWS, rows, ROWS, WHOLE_TILES)
     rows_left = ROWS if WHOLE_TILES else rows - start
     head = tl.program_id(1).to(tl.int64)
     inverse_temperature = 1.0 / tl.load(temperature_pointer).to(tl.float32)

@@ -85,7 +85,7 @@ def _nearest_kernel(
     STAGES: tl.constexpr,
 ):
     """One program: ROWS latents of one head against all its codes."""
-    start = tile_start(tl.program_id(0).to(tl.int64) * ROWS, rows, ROWS, WHOLE_TILES)
+    start = tile_start(tl.program_id(0) * ROWS, rows, ROWS, WHOLE_TILES)
     rows_left = ROWS if WHOLE_TILES else rows - start
     head = tl.program_id(1).to(tl.int64)
     high_pointer += head * padded_codes * PAD

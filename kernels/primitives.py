@@ -57,13 +57,15 @@ def split_dot(
     SPLIT_A: tl.constexpr,
     SPLIT_B: tl.constexpr,
 ) -> tl.tensor:
-    """(a + a_low)·(b + b_low) + accumulator, without the low·low that float32 would round away."""
-    accumulator = dot(a, b, accumulator)
-    if SPLIT_B:
-        accumulator = dot(a, b_low, accumulator)
+    """(a + a_low)·(b + b_low) + accumulator, without the low·low that float32 would round away.
+
+    The small terms first: they lose nothing then, and hardly depend on which side is a.
+    """
     if SPLIT_A:
         accumulator = dot(a_low, b, accumulator)
-    return accumulator
+    if SPLIT_B:
+        accumulator = dot(a, b_low, accumulator)
+    return dot(a, b, accumulator)
 
 
 @triton.jit
@@ -84,11 +86,12 @@ def scale_of(largest: tl.tensor) -> tl.tensor:
 def tile_start(
     first: tl.tensor, rows: tl.tensor, ROWS: tl.constexpr, WHOLE_TILES: tl.constexpr
 ) -> tl.tensor:
-    """Where the tile of rows begins that is due at row `first`.
+    """Where the tile of rows begins that is due at row `first`, in 64 bits.
 
     With WHOLE_TILES, where there are at least ROWS rows, the last one begins early enough to be
     whole, so that nothing needs a mask; it then repeats rows of the tile before.
     """
+    first = first.to(tl.int64)
     if WHOLE_TILES:
         first = tl.minimum(first, rows - ROWS)
     return first

@@ -134,7 +134,7 @@ def _row_gradients_kernel(
     STAGES: tl.constexpr,
 ):
     """One program: ROWS latents of one head against all codes."""
-    start = tile_start(tl.program_id(0).to(tl.int64) * ROWS, rows, ROWS, WHOLE_TILES)
+    start = tile_start(tl.program_id(0) * ROWS, rows, ROWS, WHOLE_TILES)
     rows_left = ROWS if WHOLE_TILES else rows - start
     head = tl.program_id(1).to(tl.int64)
     block = head * (tl.num_programs(0) + 1) + tl.program_id(0)
