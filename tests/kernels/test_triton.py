@@ -12,10 +12,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from checks import ALL, check, incoming_for, make, near_ties, run
-from naive import Problem, forward, matmul_in
-
 import softvq
+from bench.bounds import ALL, check, incoming_for, make, near_ties, run
+from bench.truth import Problem, forward, matmul_in
 from softvq.kernels import code_sweep, fused, operators, streaming, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
-from naive import Errors, Problem, forward, gradients
+
+from bench.truth import Errors, Problem, forward, gradients
 
 ALL = ("quantized", "log_partition", "entropy", "usage")
 
@@ -31,7 +32,7 @@ def run(backend: ModuleType, problem: Problem, **options) -> dict[str, torch.Ten
     return outputs | {"row_state": row_state}
 
 
-def check(
+def errors_over_draws(
     backend: ModuleType,
     draw: Callable[[], Problem],
     dtype=torch.float32,
@@ -40,8 +41,8 @@ def check(
     matmul=torch.matmul,
     usage_floor=0.0,
     **options,
-) -> None:
-    """Outputs within 2× and gradients within 3× plain float32 PyTorch's own error, over draws.
+) -> dict[str, Errors]:
+    """Errors of outputs and gradients, the backend's and plain float32 PyTorch's, over draws.
 
     With `matmul` plain PyTorch multiplies otherwise; with a `dtype` of None the drawn dtypes stay.
     """
@@ -67,8 +68,18 @@ def check(
         plain, truth = gradients(plain_inputs, incoming, matmul), gradients(true_inputs, incoming)
         for name, grad in zip(("z", "codebook", "temperature"), grads, strict=True):
             errors[f"grad {name}"].add(grad, plain[name], truth[name])
-    for name, error in errors.items():
-        error.assert_no_worse(3 if name.startswith("grad") else 2, name)
+    return errors
+
+
+def factor(name: str) -> float:
+    """How many times plain PyTorch's own error an output or gradient may have."""
+    return 3 if name.startswith("grad") else 2
+
+
+def check(backend: ModuleType, draw: Callable[[], Problem], *args, **options) -> None:
+    """Outputs within 2× and gradients within 3× plain float32 PyTorch's own error, over draws."""
+    for name, error in errors_over_draws(backend, draw, *args, **options).items():
+        error.assert_no_worse(factor(name), name)
 
 
 def near_ties() -> Problem:
