@@ -14,8 +14,8 @@ COLD_BYTES = 2**30  # written before each sample on a GPU
 MOST_OF_MEMORY = 0.9  # of what is free: beyond it the kernel would kill instead of refuse
 
 
-class OutOfMemory(Exception):
-    """The work does not fit into the memory there is."""
+class NotMeasured(Exception):
+    """Says why, as another process found it."""
 
 
 class Clock:
@@ -55,9 +55,9 @@ def quantiles(values: list[float]) -> dict[str, float]:
 def reason(error: BaseException) -> str:
     """Why a candidate has no number, in one line for its row."""
     text = str(error).strip()
-    if isinstance(error, torch.OutOfMemoryError | MemoryError | OutOfMemory) or (
-        "can't allocate memory" in text
-    ):
+    if isinstance(error, NotMeasured):
+        return text
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         return "out of memory"
     if isinstance(error, ModuleNotFoundError):
         return f"not installed: {error.name}"
@@ -100,7 +100,7 @@ def peak_bytes(device: torch.device, prepare: Callable[..., Callable[[], object]
         answer = "out of memory"  # killed
     process.join()
     if isinstance(answer, str):
-        raise OutOfMemory if answer == "out of memory" else RuntimeError(answer)
+        raise NotMeasured(answer)
     return answer
 
 

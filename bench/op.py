@@ -267,10 +267,8 @@ def _cells(passes: dict[str, dict[str, str]]) -> list[str]:
     extra = f"{float(whole['extra_bytes']) / 1e6:.0f}" if whole["extra_bytes"] else ""
     percent = [whole[f"percent_{limit}"] for limit in ("matmul", "copy", "exp")]
     note = whole["outputs"] if whole["status"] == "ok" else whole["status"]
-    return [*medians[:2], medians[2] or medians[3], spread, whole["times_eager"], extra] + [
-        *percent,
-        note,
-    ]
+    both = medians[2] or medians[3]
+    return [*medians[:2], both, spread, whole["times_eager"], extra, *percent, note]
 
 
 def _milliseconds(seconds: str) -> str:
