@@ -77,6 +77,6 @@ def commands(device: torch.device, quick: bool, out: Path) -> list[list[str]]:
         sizes = {"check": [], "op": ["--quick"], "memory": ["--quick"], "step": ["--quick"]}
         before = [[*compile, "--architecture", "90"]]
     if quick:
-        sizes = dict.fromkeys(sizes, ["--quick"])
+        sizes = {name: ["--quick"] for name in sizes}
     first, *rest = (["bench", name, *size, *where] for name, size in sizes.items())
     return [first, *before, *rest]

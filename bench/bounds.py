@@ -87,3 +87,40 @@ def near_ties() -> Problem:
     codebook = problem.codebook
     codebook[:, 16:] = codebook[:, :16] * (1 + 1e-6)
     return Problem(codebook[:, :16].repeat(1, 4, 1) + 1e-3, codebook, problem.temperature)
+
+
+# Of float32 latents, largest error relative to the largest true value (D = 48, T = 1): what the
+# scores lose is about 1e-6·|z||c| split and 5e-4·|z||c| single; operands of the other products
+# have 8 bits.
+REDUCED_PRECISION = {
+    "high": {
+        "log_partition": 1e-5,
+        "entropy": 2e-4,
+        "usage": 1e-4,
+        "quantized": 5e-3,
+        "grad": 1e-2,
+    },
+    "medium": {"log_partition": 1e-2, "entropy": 0.1, "usage": 5e-2, "quantized": 0.1, "grad": 0.1},
+}
+
+
+def reduced_errors(
+    backend: ModuleType, precision: str, offset: float, device: str | torch.device
+) -> dict[str, float]:
+    """Errors of one problem as REDUCED_PRECISION bounds them, without the offset of the data."""
+    problem = make(2, 130, 130, 48, device=device)
+    # Exact also far from zero, so that every offset poses the same problem.
+    problem = Problem(*((x * 64).round() / 64 + offset for x in problem[:2]), problem.temperature)
+    outputs, true = run(backend, problem, precision=precision), problem.to(torch.float64)
+    incoming = {name: torch.randn_like(outputs[name]) for name in ALL}
+    saved = (outputs["quantized"], outputs["row_state"], precision)
+    grads = backend.soft_backward(*problem, *incoming.values(), True, True, True, *saved)
+    names = ("z", "codebook", "temperature")
+    found = outputs | {f"grad {n}": grad for n, grad in zip(names, grads, strict=True)}
+    truth = forward(true) | {f"grad {n}": x for n, x in gradients(true, incoming).items()}
+    return {
+        name: ((found[name] - x).abs().max() / (x - offset * (name == "quantized")).abs().max())
+        .nan_to_num(nan=torch.inf)
+        .item()
+        for name, x in truth.items()
+    }

@@ -71,7 +71,7 @@ ALL = "q, indices, log-partition, entropy"
 LEAN = "q, indices"
 
 
-def eager(z: Tensor, codebook: Tensor, temperature: float) -> Outputs:
+def eager(z: Tensor, codebook: Tensor, temperature: float | Tensor) -> Outputs:
     """The N×K matrix in plain PyTorch, with everything `soft_quantize` returns."""
     distance = (
         z.float().square().sum(1, keepdim=True)
@@ -86,7 +86,7 @@ def eager(z: Tensor, codebook: Tensor, temperature: float) -> Outputs:
     return Outputs(p.to(z.dtype) @ codebook, indices, scores.detach().logsumexp(1), entropy)
 
 
-def eager_lean(z: Tensor, codebook: Tensor, temperature: float) -> Outputs:
+def eager_lean(z: Tensor, codebook: Tensor, temperature: float | Tensor) -> Outputs:
     """The N×K matrix in plain PyTorch, q and indices only, with the fewest passes over it."""
     bias = codebook.square().sum(1) / -2
     scores = torch.addmm(bias, z, codebook.T) * (2 / temperature)
@@ -119,14 +119,14 @@ def plain(function: Callable[[Tensor, Tensor, float], Outputs]) -> Callable[[Set
 
 
 def compiled(
-    function: Callable[[Tensor, Tensor, float], Outputs], mode: str | None = None
+    function: Callable[[Tensor, Tensor, float | Tensor], Outputs], mode: str | None = None
 ) -> Callable[[Setting], Run]:
-    """Prepare a function by torch.compile for the one shape."""
+    """Prepare a function by torch.compile for the one shape and any temperature."""
 
     def prepare(setting: Setting) -> Run:
-        torch.compiler.reset()  # or the shapes before count against the limit of recompilations
         run = torch.compile(function, dynamic=False, mode=mode)
-        return lambda z, codebook: run(z, codebook, setting.temperature)
+        temperature = torch.tensor(setting.temperature, device=setting.device)
+        return lambda z, codebook: run(z, codebook, temperature)
 
     return prepare
 

@@ -13,10 +13,11 @@ from bench.results import Row
 
 PASSES = {"forward": 4, "backward": 10, "both": 14, "hard": 2}  # floating-point operations / NKD
 EXPONENTIALS = {"forward": 1, "backward": 1, "both": 2, "hard": 0}  # per N·K
+TURNS = 9
 CHAIN = 64  # exponentials per number loaded on a GPU
 
 
-def measure_limits(device: torch.device, dtypes: list[torch.dtype], repeats: int) -> list[Row]:
+def measure_limits(device: torch.device, dtypes: list[torch.dtype]) -> list[Row]:
     """Operations, bytes and exponentials per second, a row each."""
     work: dict[tuple[str, str, str], tuple[float, Callable[[], object]]] = {}
     for dtype in dtypes:
@@ -28,7 +29,7 @@ def measure_limits(device: torch.device, dtypes: list[torch.dtype], repeats: int
     rows = []
     for (metric, dtype, unit), (amount, run) in work.items():
         rates = []
-        for repeat in range(repeats + 1):
+        for repeat in range(TURNS + 1):
             clock.settle()
             start = clock.mark()
             run()

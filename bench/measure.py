@@ -61,7 +61,7 @@ def reason(error: BaseException) -> str:
         return "out of memory"
     if isinstance(error, ModuleNotFoundError):
         return f"not installed: {error.name}"
-    return f"failed: {type(error).__name__}: {text.splitlines()[0][:120] if text else ''}"
+    return f"failed: {type(error).__name__}: {text.partition(chr(10))[0][:120]}"
 
 
 def bounded_memory() -> None:
@@ -79,9 +79,9 @@ def peak_bytes(device: torch.device, prepare: Callable[..., Callable[[], object]
     """
     if device.type == "cuda":
         work = prepare(*given)
-        work()
-        torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
+        work()  # what it keeps for later, as a CUDA graph does, counts; its compilation does not
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         work()
         torch.cuda.synchronize()

@@ -22,6 +22,7 @@ from bench.peers import peer_candidates
 from bench.results import OUT, Results, Row, headline, print_table, version
 
 INPUT_SETS = 3
+TURNS, LEAST_TURNS, TURNS_SECONDS = 20, 3, 60  # the least, however long they take
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -84,14 +85,13 @@ def main(arguments: list[str]) -> int:
             for dim in options.dim or [64]
             for dtype in options.dtype or ["float32"]
         ]
-    repeats = options.repeats or (3 if options.quick or device.type == "cpu" else 20)
     dtypes = list({setting.dtype for _, setting in chosen})
-    limits = measure_limits(device, dtypes, repeats)
+    limits = measure_limits(device, dtypes)
     print_limits(results.replace("limits", limits))
     deadline = time.monotonic() + 60 * options.minutes
     rows: list[Row] = []
     for group, setting in chosen:
-        rows += measure(GROUPS[group](setting), group, setting, repeats, limits, deadline)
+        rows += measure(GROUPS[group](setting), group, setting, limits, deadline)
         written = results.replace("op", rows)
     report(written)
     print(f"\nwritten to {results.path}")
@@ -106,7 +106,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--codes", type=int, nargs="+", help="K, instead of the usual settings")
     parser.add_argument("--dim", type=int, nargs="+", help="D, instead of the usual settings")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
-    parser.add_argument("--repeats", type=int, help="turns; default 3 on a CPU, 20 on a GPU")
     parser.add_argument("--minutes", type=float, default=60, help="start no setting after that")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the devices' folders")
     return parser.parse_args(arguments)
@@ -116,7 +115,6 @@ def measure(
     candidates: list[Candidate],
     group: str,
     setting: Setting,
-    repeats: int,
     limits: list[Row],
     deadline: float,
 ) -> list[Row]:
@@ -135,6 +133,7 @@ def measure(
     }
     status: dict[str, str] = {}
     runs: dict[str, Run] = {}
+    torch.compiler.reset()  # earlier shapes count against the limit of recompilations
     sets = [setting.draw(seed) for seed in range(INPUT_SETS)]
     clock = Clock(setting.device)
     for candidate in candidates:
@@ -148,7 +147,7 @@ def measure(
         except Exception as error:  # of any library: its row says which
             status[candidate.name] = reason(error)
         free()
-    seconds = turns(group, runs, sets, clock, repeats)
+    seconds = turns(group, runs, sets, clock)
     del runs, sets, clock
     free()
     rows: list[Row] = []
@@ -171,11 +170,14 @@ def measure(
 
 
 def turns(
-    group: str, runs: dict[str, Run], sets: list[tuple], clock: Clock, repeats: int
+    group: str, runs: dict[str, Run], sets: list[tuple], clock: Clock
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds of every pass, by candidate, the candidates interleaved."""
     marks: dict[str, list[dict]] = {name: [] for name in runs}
-    for repeat in range(repeats):
+    started = time.monotonic()
+    for repeat in range(TURNS):
+        if repeat >= LEAST_TURNS and time.monotonic() - started > TURNS_SECONDS:
+            break
         for name, run in runs.items():
             marks[name].append(turn(group, run, sets[repeat % len(sets)], clock))
     return {
@@ -225,6 +227,7 @@ def extra_bytes(candidate: Candidate, group: str, setting: Setting) -> dict[str,
 
 def step(group: str, name: str, setting: Setting) -> Callable[[], object]:
     """The work whose memory is measured, by name: it has to reach another process."""
+    torch.compiler.reset()  # what a CUDA graph holds belongs to the work that is measured
     candidate = next(c for c in GROUPS[group](setting) if c.name == name)
     run, (z, codebook, grad) = candidate.prepare(setting), setting.draw(0)
     if group == "hard":

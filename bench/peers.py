@@ -75,19 +75,21 @@ def split_bias(codebook: Tensor, columns: int) -> Tensor:
 
 def flex(setting: Setting) -> Run:
     """FlexAttention, compiled, the codes' bias added to the score."""
-    torch.compiler.reset()
     fused: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False)
     split = batches(setting)
 
-    def run(z: Tensor, codebook: Tensor) -> Outputs:
-        bias = codebook.float().square().sum(1) / -setting.temperature
+    temperature = torch.tensor(setting.temperature, device=setting.device)
 
-        def add_bias(score, batch, head, row, code):
-            return score + bias[code]
+    def run(z: Tensor, codebook: Tensor) -> Outputs:
+        bias = codebook.float().square().sum(1) / -temperature
+        scale = 2 / temperature
+
+        def scale_and_add_bias(score, batch, head, row, code):
+            return score * scale + bias[code]
 
         keys = codebook.expand(split, 1, -1, -1)
         queries = z.view(split, 1, -1, setting.dim)
-        out = fused(queries, keys, keys, score_mod=add_bias, scale=2 / setting.temperature)
+        out = fused(queries, keys, keys, score_mod=scale_and_add_bias, scale=1.0)
         return Outputs(out.reshape(z.shape))
 
     return run
