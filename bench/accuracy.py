@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bench.candidates import Candidate, Run, Setting, softvq_candidates, torch_candidates
+from bench.candidates import Run, Setting, softvq_candidates, torch_candidates
 from bench.hard import hard_candidates
 from bench.measure import reason
 from bench.peers import peer_candidates
@@ -30,8 +30,8 @@ def accuracy(device: torch.device, quick: bool) -> list[Row]:
 
 def compare(setting: Setting, quick: bool) -> list[Row]:
     """Every candidate on one problem; the rounded inputs are the problem."""
-    candidates = softvq_candidates(setting) + hard_candidates(setting)
-    candidates += torch_candidates(setting) + peer_candidates(setting)
+    soft = torch_candidates(setting) + peer_candidates(setting) + softvq_candidates(setting)
+    candidates = soft + hard_candidates(setting)
     if quick:  # compilation takes longer than everything else
         candidates = [c for c in candidates if c.name in ("softvq", "eager", "eager, lean")]
     z, codebook, grad = setting.draw(0)
@@ -53,7 +53,9 @@ def compare(setting: Setting, quick: bool) -> list[Row]:
             "precision": candidate.precision,
         }
         try:
-            measured = errors(candidate, candidate.prepare(setting), (z, codebook, grad), true)
+            measured = errors(
+                candidate.prepare(setting), (z, codebook, grad), true, candidate in soft
+            )
         except Exception as error:  # of any library: its row says which
             rows.append(base | {"status": reason(error)})
             continue
@@ -62,19 +64,20 @@ def compare(setting: Setting, quick: bool) -> list[Row]:
 
 
 def errors(
-    candidate: Candidate, run: Run, tensors: tuple[Tensor, ...], true: dict[str, Tensor]
+    run: Run, tensors: tuple[Tensor, ...], true: dict[str, Tensor], soft: bool
 ) -> dict[str, float]:
     """Share of wrong indices; largest error of the log-partition; others relative to the largest
     true value."""
     z, codebook, grad = tensors
-    outputs = run(z, codebook)
+    with torch.set_grad_enabled(soft):
+        outputs = run(z, codebook)
     found: dict[str, float] = {}
     if outputs.indices is not None:
         found["wrong indices"] = (outputs.indices != true["indices"]).double().mean().item()
     if outputs.log_partition is not None:
         error = outputs.log_partition.double() - true["log_partition"]
         found["error of log-partition"] = error.abs().max().item()
-    if candidate.outputs.startswith("q") and outputs.quantized.requires_grad:
+    if soft:
         grads = torch.autograd.grad(outputs.quantized, (z, codebook), grad)
         for name, value in zip(
             ("quantized", "grad z", "grad codebook"), (outputs.quantized, *grads), strict=True

@@ -106,7 +106,7 @@ def check(backend: str, device: torch.device, quick: bool) -> list[Row]:
         base |= {"candidate": f"softvq {backend}", "precision": "highest"}
         for name, error in errors.items():
             found = {"metric": name, "p50": error.ours, "plain": error.plain}
-            allowed = error.allowed(factor(name)) if bounded(backend, case) else None
+            allowed = error.allowed(factor(name)) if bounded(case) else None
             rows.append(base | found | judged(error.ours, allowed))
     if backend == "triton" and not quick:
         rows += reduced(device)
@@ -126,10 +126,12 @@ def reduced(device: torch.device) -> list[Row]:
     return rows
 
 
-def bounded(backend: str, case: Case) -> bool:
-    """Whether the tests bound a case: 16-bit latents of the fused kernels near the origin only."""
-    near = case.offset == 0 and case.temperature >= 0.1
-    return backend != "triton" or case.dtype not in HALVES or near
+def bounded(case: Case) -> bool:
+    """Whether the tests bound a case. Of 16-bit latents they do near the origin, from T = 0.1 and
+    D = 5 up: elsewhere float32 multiplies them exactly, and the yardstick, its error, vanishes.
+    """
+    near = case.offset == 0 and case.temperature >= 0.1 and case.dim >= 5
+    return case.dtype not in HALVES or near
 
 
 def judged(error: float, allowed: float | None) -> Row:

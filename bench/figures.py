@@ -19,7 +19,8 @@ from bench.results import OUT
 
 Rows = list[dict[str, str]]
 Line = list[tuple[float, float]]
-OURS, OTHERS, QUIET = "#c2410c", "#334155", "#94a3b8"
+SIZES = ("rows", "codes", "dim")
+OURS, PLAIN, PEERS, INK, QUIET = "#c2410c", "#64748b", "#2563eb", "#334155", "#94a3b8"
 STYLE = {
     "figure.dpi": 150,
     "font.size": 9,
@@ -29,8 +30,8 @@ STYLE = {
     "axes.grid": True,
     "axes.grid.which": "major",
     "grid.color": "#e2e8f0",
-    "xtick.color": OTHERS,
-    "ytick.color": OTHERS,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "xtick.minor.visible": False,
     "legend.frameon": False,
     "svg.hashsalt": "softvq",  # the same file for the same numbers
@@ -64,14 +65,15 @@ def time(rows: Rows) -> Figure | None:
     dtypes = [d for d in ("float32", "bfloat16") if len(_values(rows, "codes", dtype=d)) > 1]
     if not dtypes:
         return None
-    figure, panels = _panels(len(dtypes), rows[0], "forward + backward, D = 64")
-    for axes, dtype in zip(panels, dtypes, strict=True):
-        lines = {
-            name: _line([r for r in rows if (r["candidate"], r["dtype"]) == (name, dtype)], "codes")
-            for name in _values(rows, "candidate", dtype=dtype)
-        }
+    title = f"forward + backward, N = {rows[0]['rows']}, D = 64"
+    figure, panels = _panels(len(dtypes), rows[0], title)
+    found = [_lines([r for r in rows if r["dtype"] == dtype], "codes") for dtype in dtypes]
+    for axes, dtype, lines in zip(panels, dtypes, found, strict=True):
         _draw(axes, lines)
-        axes.set(title=dtype, xlabel="codes K", ylabel="seconds")
+        axes.set(title=dtype, xlabel="codes K")
+    panels[0].set_ylabel("seconds")
+    for axes, lines in zip(panels, found, strict=True):
+        _name(axes, lines)
     return figure
 
 
@@ -80,7 +82,8 @@ def memory(rows: Rows) -> Figure | None:
     rows = [r for r in rows if r["command"] == "memory"]
     if not rows:
         return None
-    figure, (axes,) = _panels(1, rows[0], f"forward + backward, D = {rows[0]['dim']}")
+    title = f"forward + backward, N = {rows[0]['rows']}, D = {rows[0]['dim']}"
+    figure, (axes,) = _panels(1, rows[0], title)
     lines: dict[str, Line] = {}
     dashed: dict[str, Line] = {}
     for name in _values(rows, "candidate"):
@@ -93,11 +96,13 @@ def memory(rows: Rows) -> Figure | None:
             dashed[name] = [lines[name][-1], (MOST_CODES, end / 1e9)]
     for name, line in dashed.items():
         axes.plot(*zip(*line, strict=True), "--", color=_color(name), lw=1, alpha=0.7)
-    _draw(axes, lines, labelled_at=dashed)
+    _draw(axes, lines)
     for budget in BUDGETS:
         axes.axhline(budget, color=QUIET, lw=0.8)
-        axes.annotate(f"{budget} GB", (1, budget), xycoords=("axes fraction", "data"), ha="right")
-    axes.set(xlabel="codes K", ylabel="GB with inputs, outputs and gradients; dashed: extrapolated")
+        place = {"xy": (0.01, budget), "xycoords": ("axes fraction", "data")}
+        axes.annotate(f"{budget} GB", **place, va="bottom", color=QUIET, fontsize=8)
+    axes.set(xlabel="codes K", ylabel="GB in all; dashed: extrapolated")
+    _name(axes, dashed)
     return figure
 
 
@@ -112,17 +117,17 @@ def accuracy(rows: Rows) -> Figure | None:
     if not rows:
         return None
     offsets = _values(rows, "offset")
-    figure, panels = _panels(len(offsets), rows[0], "largest error of q over the largest |q|")
-    for axes, offset in zip(panels, offsets, strict=True):
-        lines = {
-            name: _line(
-                [r for r in rows if (r["candidate"], r["offset"]) == (name, offset)], "temperature"
-            )
-            for name in _values(rows, "candidate")
-        }
+    size = ", ".join(
+        f"{letter} = {rows[0][name]}" for letter, name in zip("NKD", SIZES, strict=True)
+    )
+    figure, panels = _panels(len(offsets), rows[0], f"largest error of q, float32, {size}")
+    found = [_lines([r for r in rows if r["offset"] == o], "temperature") for o in offsets]
+    for axes, offset, lines in zip(panels, offsets, found, strict=True):
         _draw(axes, lines)
         axes.set(title=f"data offset {float(offset):g}", xlabel="temperature T")
-    panels[0].set_ylabel("relative error against float64")
+    panels[0].set_ylabel("error against float64 over the largest |q|")
+    for axes, lines in zip(panels, found, strict=True):
+        _name(axes, lines)
     return figure
 
 
@@ -140,27 +145,32 @@ def _panels(count: int, row: dict[str, str], title: str) -> tuple[Figure, list[A
     )
     threads = f", {row['threads']} threads" if row["threads"] else ""
     where = f"{row['device']}{threads}, torch {row['torch']}, {row['date']}"
-    figure.suptitle(f"{title}, N = {row['rows']}\n{where}", fontsize=9, color=OTHERS)
+    figure.suptitle(f"{title}\n{where}", fontsize=9, color=INK)
     return figure, list(panels[0])
 
 
-def _draw(axes: Axes, lines: dict[str, Line], labelled_at: dict[str, Line] | None = None) -> None:
-    """Lines on log axes, each named at its end; ours in colour and on top."""
+def _draw(axes: Axes, lines: dict[str, Line]) -> None:
+    """Lines on log axes, ours on top."""
     axes.set(xscale="log", yscale="log")
-    lines = {name: line for name, line in lines.items() if line}
     for name, line in lines.items():
         ours = name.startswith("softvq")
         style = {"lw": 2.4, "zorder": 3} if ours else {"lw": 1.1}
         axes.plot(*zip(*line, strict=True), "o-", ms=3, color=_color(name), **style)
-    ends = {name: (labelled_at or lines)[name][-1] for name in lines}
-    axes.autoscale_view()
+
+
+def _name(axes: Axes, lines: dict[str, Line]) -> None:
+    """Each line's name at its end, none over another. Call it when the axes are final."""
+    ends = sorted((math.log(line[-1][1]), line[-1][0], name) for name, line in lines.items())
     bottom, top = (math.log(y) for y in axes.get_ylim())
-    gap, last = (top - bottom) / 24, -math.inf
-    for name, (x, y) in sorted(ends.items(), key=lambda end: end[1][1]):
-        last = max(math.log(y), last + gap)  # pushed up until it no longer covers another
+    gap = (top - bottom) / 22
+    up, down = [y for y, *_ in ends], [y for y, *_ in ends]
+    for i in range(1, len(ends)):
+        up[i] = max(up[i], up[i - 1] + gap)
+        down[-1 - i] = min(down[-1 - i], down[-i] - gap)
+    for (_, x, name), *middle in zip(ends, up, down, strict=True):
         axes.annotate(
             name,
-            (x, math.exp(last)),
+            (x, math.exp(sum(middle) / 2)),
             xytext=(6, 0),
             textcoords="offset points",
             va="center",
@@ -172,7 +182,16 @@ def _draw(axes: Axes, lines: dict[str, Line], labelled_at: dict[str, Line] | Non
 
 
 def _color(name: str) -> str:
-    return OURS if name.startswith("softvq") else OTHERS
+    if name.startswith("softvq"):
+        return OURS
+    return PLAIN if name.startswith(("eager", "compiled", "max-autotune")) else PEERS
+
+
+def _lines(rows: Rows, x: str) -> dict[str, Line]:
+    """The line of every candidate that has one."""
+    names = _values(rows, "candidate")
+    lines = {name: _line([r for r in rows if r["candidate"] == name], x) for name in names}
+    return {name: line for name, line in lines.items() if line}
 
 
 def _line(rows: Rows, x: str) -> Line:

@@ -19,7 +19,7 @@ from bench.op import GROUPS, free, step
 from bench.results import OUT, Results, Row, headline, print_table, version
 
 BUDGETS = (1, 8, 80)  # GB
-MOST_CODES = 262144
+FIRST_CODES, MOST_CODES = 2048, 262144  # from there on blocks of rows have their full size
 LEFT_OUT = ("two products", "FlexAttention", "compiled", "max-autotune", "cdist", "softvq nearest")
 
 
@@ -64,7 +64,7 @@ def footprints(group: str, candidate: Candidate, setting: Setting, seconds: floa
     }
     points: dict[int, int] = {}
     rows: list[Row] = []
-    codes, end, took = 1024, "", 0.0
+    codes, end, took = FIRST_CODES, "", 0.0
     while codes <= MOST_CODES and (took < seconds or len(points) < 2) and not end:
         started = time.monotonic()
         try:

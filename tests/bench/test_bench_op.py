@@ -106,9 +106,9 @@ def test_memory(quick, results, monkeypatch, capsys):
     assert memory.main(quick) == 0
     rows = [row for row in results.read("memory") if row["candidate"] == "softvq"]
     measured = {int(row["codes"]): row for row in rows if row["metric"] == "footprint"}
-    assert set(measured) == {1024, 2048, 4096}
-    inputs = 4 * 64 * (2 * 4096 + 1024)
-    assert int(measured[1024]["p50"]) == inputs + 10**6 + 1000 * 1024
+    assert set(measured) == {2048, 4096}
+    inputs = 4 * 64 * (2 * 4096 + 2048)
+    assert int(measured[2048]["p50"]) == inputs + 10**6 + 1000 * 2048
     assert "largest K in 8 GB" in capsys.readouterr().out
 
 
@@ -132,6 +132,14 @@ def test_the_nets_differ_in_nothing_but_the_operator():
     x = torch.randn(2, 3, 4, step.DIM)
     outputs = [quantizer(x) for quantizer in quantizers]
     torch.testing.assert_close(outputs[0], outputs[1])
+
+
+def test_chunks_are_the_whole():
+    setting = Setting(CPU, 70, 2**17, 2)  # three blocks of rows
+    inputs = setting.draw(0)[:2]
+    whole = candidates.eager_lean(*inputs, 1.0)
+    blocks = candidates.chunked(*inputs, 1.0)
+    torch.testing.assert_close(blocks, whole)
 
 
 def test_hard_candidates_find_the_same_codes():
