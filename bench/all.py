@@ -1,4 +1,4 @@
-"""Everything in one call: check, the GPU's tests, compile, op, memory, step; the tables last.
+"""Everything in one call: check, the GPU's tests, compile, step, memory, op; the tables last.
 
 A command that has finished with the same versions of everything is not run again. Sized for nine
 minutes on an H200; smaller on a CPU.
@@ -16,6 +16,7 @@ from bench import check, memory, op, step
 from bench.accuracy import print_accuracy
 from bench.results import OUT, Results, Row, print_table, version
 
+MINUTES = 8.0  # within nine: the last setting of `op` starts before they are over
 REPORTS = {
     "check": check.print_checks,
     "accuracy": print_accuracy,
@@ -36,13 +37,18 @@ def main(arguments: list[str]) -> int:
     results = Results(options.out, device)
     rows: list[Row] = [row for row in results.current("all") if row["status"] == "ok"]
     finished = {row["candidate"] for row in rows}
-    for command in commands(device, options.quick, options.out):
-        name = " ".join(command)
+    first = time.monotonic()
+    for module, size in sizes(device, options.quick).items():
+        name = " ".join([module, *size])
         if name in finished:
             continue
-        print(f"{name} …", file=sys.stderr)
+        command = [sys.executable, "-m", *where(module, options.out, device), *size]
         started = time.monotonic()
-        code = subprocess.run([sys.executable, "-m", *command]).returncode
+        if module == "op":
+            minutes = max(1.0, MINUTES - (started - first) / 60)
+            command += ["--minutes", f"{minutes:.1f}"]
+        print(f"{name} …", file=sys.stderr)
+        code = subprocess.run(command).returncode
         rows.append(
             {
                 "candidate": name,
@@ -65,18 +71,25 @@ def main(arguments: list[str]) -> int:
     return int(any(row["status"] != "ok" for row in written))
 
 
-def commands(device: torch.device, quick: bool, out: Path) -> list[list[str]]:
-    """Arguments of `python -m`, in order."""
-    table = out / "compile" / f"triton-{version('triton')}.csv"
-    compile = ["bench", "compile", "--quick", "--out", str(table)]
-    where = ["--device", str(device), "--out", str(out)]
-    if device.type == "cuda":
-        sizes = {"check": [], "op": ["--minutes", "4"], "memory": ["--seconds", "1"], "step": []}
-        before = [["pytest", "-m", "gpu"], [*compile, "--jobs", "8"]]
-    else:
-        sizes = {"check": [], "op": ["--quick"], "memory": ["--quick"], "step": ["--quick"]}
-        before = [[*compile, "--architecture", "90"]]
-    if quick:
-        sizes = {name: ["--quick"] for name in sizes}
-    first, *rest = (["bench", name, *size, *where] for name, size in sizes.items())
-    return [first, *before, *rest]
+def sizes(device: torch.device, quick: bool) -> dict[str, list[str]]:
+    """The modules in order, and their arguments; `op` last, in the time that is left."""
+    cuda = device.type == "cuda"
+    small = ["--quick"] if quick or not cuda else []
+    processes = ["--jobs", "8"] if cuda else ["--architecture", "90"]
+    return {
+        "check": ["--quick"] if quick else [],
+        **({"pytest": ["-m", "gpu"]} if cuda else {}),
+        "compile": ["--quick", *processes],
+        "step": small,
+        "memory": small or ["--seconds", "1"],
+        "op": small,
+    }
+
+
+def where(module: str, out: Path, device: torch.device) -> list[str]:
+    """A module and where its results go."""
+    if module == "pytest":
+        return [module]
+    if module == "compile":
+        return ["bench", module, "--out", str(out / "compile" / f"triton-{version('triton')}.csv")]
+    return ["bench", module, "--device", str(device), "--out", str(out)]

@@ -5,6 +5,7 @@ import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib
 
@@ -162,15 +163,11 @@ def _name(axes: Axes, lines: dict[str, Line]) -> None:
     """Each line's name at its end, none over another. Call it when the axes are final."""
     ends = sorted((math.log(line[-1][1]), line[-1][0], name) for name, line in lines.items())
     bottom, top = (math.log(y) for y in axes.get_ylim())
-    gap = (top - bottom) / 22
-    up, down = [y for y, *_ in ends], [y for y, *_ in ends]
-    for i in range(1, len(ends)):
-        up[i] = max(up[i], up[i - 1] + gap)
-        down[-1 - i] = min(down[-1 - i], down[-i] - gap)
-    for (_, x, name), *middle in zip(ends, up, down, strict=True):
+    heights = apart([y for y, *_ in ends], (top - bottom) / 22)
+    for (_, x, name), height in zip(ends, heights, strict=True):
         axes.annotate(
             name,
-            (x, math.exp(sum(middle) / 2)),
+            (x, math.exp(height)),
             xytext=(6, 0),
             textcoords="offset points",
             va="center",
@@ -181,10 +178,24 @@ def _name(axes: Axes, lines: dict[str, Line]) -> None:
         )
 
 
+def apart(heights: list[float], gap: float) -> list[float]:
+    """Rising heights moved as little as it takes to lie `gap` apart: groups around their middle."""
+    groups: list[list[float]] = []  # of what each height is above its place in an even ladder
+    for i, height in enumerate(heights):
+        groups.append([height - i * gap])
+        while len(groups) > 1 and fmean(groups[-2]) > fmean(groups[-1]):
+            last = groups.pop()
+            groups[-1] += last
+    steps = [fmean(group) for group in groups for _ in group]
+    return [step + i * gap for i, step in enumerate(steps)]
+
+
 def _color(name: str) -> str:
     if name.startswith("softvq"):
         return OURS
-    return PLAIN if name.startswith(("eager", "compiled", "max-autotune")) else PEERS
+    return (
+        PLAIN if name.startswith(("eager", "compiled", "max-autotune", "two products")) else PEERS
+    )
 
 
 def _lines(rows: Rows, x: str) -> dict[str, Line]:

@@ -10,7 +10,7 @@ import torch
 
 from bench import all as everything
 from bench import figures
-from bench.results import COLUMNS, Results, print_table
+from bench.results import COLUMNS, Results, environment, print_table
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -56,10 +56,10 @@ def all_of_them(tmp_path) -> int:
 def test_all_runs_each_command_once(calls, tmp_path, capsys):
     assert all_of_them(tmp_path) == 0
     names = [name.split()[1] for name in calls.names]
-    assert names == ["check", "compile", "op", "memory", "step"]
+    assert names == ["check", "compile", "step", "memory", "op"]
     assert all_of_them(tmp_path) == 0
     assert len(calls.names) == 5
-    assert capsys.readouterr().out.count("bench step --quick") == 2
+    assert capsys.readouterr().out.count("step --quick") >= 2
 
 
 def test_all_repeats_what_failed_and_what_has_changed(calls, tmp_path, monkeypatch):
@@ -75,9 +75,23 @@ def test_all_repeats_what_failed_and_what_has_changed(calls, tmp_path, monkeypat
     assert len(calls.names) == 5
 
 
-def test_a_gpu_also_runs_its_tests(tmp_path):
-    names = [c[:2] for c in everything.commands(torch.device("cuda"), False, tmp_path)]
-    assert names[:3] == [["bench", "check"], ["pytest", "-m"], ["bench", "compile"]]
+def test_a_gpu_also_runs_its_tests_and_the_operator_in_the_time_that_is_left(
+    calls, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Results, "__init__", fake_results)
+    arguments = ["--device", "cuda", "--out", str(tmp_path)]
+    assert everything.main(arguments) == 0
+    names = [name.removeprefix("bench ").split()[0] for name in calls.names]
+    assert names == ["check", "pytest", "compile", "step", "memory", "op"]
+    assert calls.names[-1].endswith(f"--minutes {everything.MINUTES:.1f}")
+    assert everything.main(arguments) == 0
+    assert len(calls.names) == 6
+
+
+def fake_results(self, out, device):
+    """As of a GPU, without one."""
+    self.environment = environment(CPU) | {"device": "card", "threads": ""}
+    self.folder, self.path = out / "card", out / "card" / "results.csv"
 
 
 def test_unknown_command():
@@ -120,6 +134,12 @@ def test_figures(tmp_path):
     first = (results.folder / "time.svg").read_bytes()
     figures.main(["--out", str(tmp_path)])
     assert (results.folder / "time.svg").read_bytes() == first
+
+
+def test_names_move_only_as_far_as_they_must():
+    assert figures.apart([0.0, 5.0], 1.0) == [0.0, 5.0]
+    assert figures.apart([0.0, 5.0, 5.0, 9.0], 1.0) == [0.0, 4.5, 5.5, 9.0]
+    assert figures.apart([1.0, 1.0, 1.0], 2.0) == [-1.0, 1.0, 3.0]
 
 
 def test_no_figure_without_rows(tmp_path):
