@@ -33,6 +33,7 @@ class Case(NamedTuple):
     rows: int = 256
 
     def draw(self, device: torch.device) -> Problem:
+        """Random latents and codes, of float32."""
         shape = (1, self.rows, self.codes, self.dim)
         return make(*shape, temperature=self.temperature, offset=self.offset, device=device)
 

@@ -49,6 +49,7 @@ def settings(device: torch.device, quick: bool) -> list[tuple[str, Setting]]:
             *(("hard", Setting(device, rows, codes, 64)) for codes in (512, wide)),
             *(("soft", Setting(device, rows, 512, dim)) for dim in (4, 16, 256)),
             ("soft", Setting(device, rows, 512, 64, half)),
+            ("soft", Setting(device, 4096, 512, 64)),
         ]
     first = [
         ("soft", Setting(device, rows, wide, 64, half)),
@@ -63,6 +64,7 @@ def settings(device: torch.device, quick: bool) -> list[tuple[str, Setting]]:
         *(("soft", Setting(device, rows, wide, dim, half)) for dim in (128, 256, 16)),
         ("hard", Setting(device, rows, 32768, 64, half)),
         ("soft", Setting(device, rows, 512, 64)),
+        *(("soft", Setting(device, n, wide, 64, half)) for n in (4096, 2**20)),
         ("soft", Setting(device, rows, wide, 4)),
     ]
 
@@ -99,6 +101,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line's options."""
     parser = argparse.ArgumentParser(prog="python -m bench op", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="one size")
@@ -243,6 +246,7 @@ def free() -> None:
 
 
 def print_limits(rows: list[dict[str, str]]) -> None:
+    """What the percentages are of."""
     print(headline(rows[0]))
     print_table(
         ["limit", "dtype", "p50", "unit"],

@@ -28,7 +28,9 @@ class Card:
     source: str
 
 
-def _card(name: str, architecture: int, processors: int, hertz: float, **sheet) -> Card:
+def _card(
+    name: str, architecture: int, processors: int, hertz: float, **sheet: float | str
+) -> Card:
     """A card whose issue and exponential rates follow from its clock."""
     clocks = processors * hertz
     rates = {"exponentials": EXP_PER_CLOCK * clocks, "instructions": ISSUE_PER_CLOCK * clocks}

@@ -50,6 +50,7 @@ class HardVQ(nn.Module):
         self.layer = VectorQuantize(dim=dim, codebook_size=codes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantized, indices and loss of x (B, h, w, dim), as SoftVQ."""
         quantized, indices, loss = self.layer(x.flatten(1, 2))
         return quantized.view(x.shape), indices.view(x.shape[:-1]), loss.sum()
 
