@@ -5,7 +5,7 @@ import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, mode
 
 import matplotlib
 
@@ -63,6 +63,8 @@ def main(arguments: list[str]) -> int:
 def time(rows: Rows) -> Figure | None:
     """Seconds of forward + backward against K, D = 64, a panel for each dtype."""
     rows = [r for r in rows if r["command"] == "op" and r["dim"] == "64" and r["pass"] == "both"]
+    usual = mode(r["rows"] for r in rows) if rows else ""
+    rows = [r for r in rows if r["rows"] == usual]
     dtypes = [d for d in ("float32", "bfloat16") if len(_values(rows, "codes", dtype=d)) > 1]
     if not dtypes:
         return None

@@ -47,12 +47,12 @@ def attention(backend: SDPBackend, setting: Setting) -> Run:
         keys = pad(torch.cat([codebook, bias], 1), (0, filling))
         values = pad(codebook, (0, width - dim))
         shape = (split, 1, -1, width)
+        keys, values = keys.expand(shape), values.expand(shape)
+        if z.is_cuda:  # not every backend takes a stride of zero; a few megabytes
+            keys, values = keys.contiguous(), values.contiguous()
         with sdpa_kernel(backend):
             out = scaled_dot_product_attention(
-                queries.view(shape),
-                keys.expand(shape),
-                values.expand(shape),
-                scale=2 / setting.temperature,
+                queries.view(shape), keys, values, scale=2 / setting.temperature
             )
         return Outputs(out.reshape(setting.rows, width)[:, :dim])
 

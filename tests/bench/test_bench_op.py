@@ -1,5 +1,7 @@
 """The speed commands on tiny sizes: their rows, and candidates that are missing or fail."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -47,6 +49,38 @@ def test_op(quick, results, capsys):
     printed = capsys.readouterr().out
     assert all(row["candidate"] in printed for row in rows)
     assert {row["metric"] for row in results.read("limits")} == {"matmul", "copy", "exp"}
+
+
+def test_percent_of_a_limit_is_its_time_over_the_time_taken():
+    setting = Setting(CPU, 100, 50, 10)
+    rates = [
+        {"metric": "matmul", "dtype": "float32", "p50": 1e6},
+        {"metric": "matmul", "dtype": "bfloat16", "p50": 9e9},
+        {"metric": "copy", "dtype": "", "p50": 2e5},
+        {"metric": "exp", "dtype": "float32", "p50": 1e5},
+    ]
+    forward = limits.percents(setting, "forward", 0.5, rates)
+    # 4·N·K·D = 200,000 operations; z, q and C are 4·10·(2·100 + 50) bytes; 5000 exponentials
+    assert forward == {"percent_matmul": 40, "percent_copy": 10, "percent_exp": 10}
+    assert limits.percents(setting, "backward", 0.5, rates)["percent_matmul"] == 100
+
+
+def test_candidates_of_a_gpu(monkeypatch):
+    processors = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: processors)
+    setting = Setting(torch.device("cuda"), 65536, 4096, 16)
+    names = {candidate.name for candidate in op.soft_candidates(setting)}
+    for name in ("attention, flash", "attention, efficient", "attention, cudnn", "attention, math"):
+        assert name in names
+    assert {"max-autotune", "FlexAttention", "KeOps", "softvq streaming", "softvq triton"} <= names
+    assert "softvq triton, medium" in names
+    assert "softvq triton, medium" not in {
+        candidate.name for candidate in op.soft_candidates(setting._replace(dtype=torch.bfloat16))
+    }
+    # 32 blocks of keys: 16 batch entries make two programs for each of the 132 processors
+    assert candidates.batches(setting) == 16
+    assert candidates.batches(setting._replace(codes=262144)) == 1
+    assert candidates.batches(setting._replace(rows=100, codes=64)) == 4
 
 
 def test_a_missing_peer_and_a_failing_one_are_rows(quick, results, monkeypatch):
