@@ -1,8 +1,10 @@
 """The largest codebook whose forward and backward fit in a given memory.
 
 The whole footprint counts: inputs, outputs, gradients and what the method needs beside them. It is
-measured at growing K until that takes too long, then continued by the straight line through the
-last two points: what lies beyond the last one is marked "extrapolated".
+measured at growing K until that takes too long; what lies beyond the last point is marked
+"extrapolated". The straight line that continues it has the steeper of two slopes: that of the last
+two points, which sees what grows as N·K, and that from the last K to the largest with few rows,
+which sees what grows with K alone and is still hidden behind a block of rows at small K.
 """
 
 import argparse
@@ -55,9 +57,10 @@ def main(arguments: list[str]) -> int:
 
 def footprints(group: str, candidate: Candidate, setting: Setting, seconds: float) -> list[Row]:
     """The bytes at each K that is bearable, and the largest K within each budget."""
+    name = candidate.name
     base = {
         **setting.columns(),
-        "candidate": candidate.name,
+        "candidate": name,
         "version": version(candidate.package),
         "outputs": candidate.outputs,
         "pass": "both" if group == "soft" else "hard",
@@ -68,7 +71,7 @@ def footprints(group: str, candidate: Candidate, setting: Setting, seconds: floa
     while codes <= MOST_CODES and (took < seconds or len(points) < 2) and not end:
         started = time.monotonic()
         try:
-            points[codes] = footprint(group, candidate.name, setting._replace(codes=codes))
+            points[codes] = footprint(group, name, setting._replace(codes=codes))
         except Exception as error:
             end = reason(error)
             rows.append(base | {"codes": codes, "metric": "footprint", "status": end})
@@ -79,15 +82,38 @@ def footprints(group: str, candidate: Candidate, setting: Setting, seconds: floa
         took = time.monotonic() - started
         codes *= 2
     if len(points) >= 2:
-        rows += [base | {"codes": ""} | found for found in conclusions(points)]
+        slope = max(slope_between_last(points), slope_of_few_rows(group, name, setting, points))
+        rows += [base | {"codes": ""} | found for found in conclusions(points, slope)]
     return rows
 
 
-def conclusions(points: dict[int, int]) -> Iterator[Row]:
-    """The straight line through the two largest K, and the largest K within each budget."""
-    (before, less), (last, more) = sorted(points.items())[-2:]
-    slope = (more - less) / (last - before)
-    fixed = more - slope * last
+def slope_between_last(points: dict[int, int]) -> float:
+    """Bytes per code from the last but one K to the last."""
+    before, last = sorted(points)[-2:]
+    return (points[last] - points[before]) / (last - before)
+
+
+def slope_of_few_rows(group: str, name: str, setting: Setting, points: dict[int, int]) -> float:
+    """Bytes per code up to the largest K, with so few rows that it takes no longer than the last
+    point did. Zero where that point is the largest K already, or where it cannot be measured.
+    """
+    last = max(points)
+    if last == MOST_CODES:
+        return 0.0
+    few = setting._replace(rows=max(1, setting.rows * last // MOST_CODES))
+    try:
+        least, most = (
+            footprint(group, name, few._replace(codes=codes)) for codes in (last, MOST_CODES)
+        )
+    except Exception:  # of any library; the line of the measured points remains
+        return 0.0
+    return (most - least) / (MOST_CODES - last)
+
+
+def conclusions(points: dict[int, int], slope: float) -> Iterator[Row]:
+    """The line of that slope through the last point, and the largest K within each budget."""
+    last = max(points)
+    fixed = points[last] - slope * last
     yield {"metric": "bytes at K = 0", "unit": "B", "p50": fixed, "status": "extrapolated"}
     yield {"metric": "bytes per code", "unit": "B", "p50": slope, "status": "extrapolated"}
     for budget in BUDGETS:

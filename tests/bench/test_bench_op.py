@@ -123,16 +123,31 @@ def test_memory_is_measured_in_another_process():
     assert 3 * matrix < op.extra_bytes(eager, "soft", setting)["extra_bytes"] < 8 * matrix
 
 
-def test_the_lines_through_the_last_points():
-    found = {row["metric"]: row for row in memory.conclusions({1024: 1 * 10**8, 2048: 3 * 10**8})}
+def test_the_largest_codebook():
+    points = {1024: 1 * 10**8, 2048: 3 * 10**8}
     slope = 2e8 / 1024
-    assert found["bytes per code"]["p50"] == pytest.approx(slope)
+    assert memory.slope_between_last(points) == slope
+    found = {row["metric"]: row for row in memory.conclusions(points, slope)}
     assert found["bytes at K = 0"]["p50"] == pytest.approx(-1e8)
     one = found["largest K in 1 GB"]
     assert one["p50"] == int(1.1e9 / slope) and one["status"] == "extrapolated"
     assert found["largest K in 80 GB"]["p50"] == memory.MOST_CODES
-    flat = {row["metric"]: row["p50"] for row in memory.conclusions({1024: 10**8, 2048: 10**8})}
+    flat = {row["metric"]: row["p50"] for row in memory.conclusions(points, 0.0)}
     assert flat["largest K in 1 GB"] == memory.MOST_CODES
+
+
+def test_few_rows_show_what_grows_with_the_codes(monkeypatch):
+    asked = []
+
+    def footprint(group, name, setting):
+        asked.append((setting.rows, setting.codes))
+        return 1500 * setting.codes + 8 * setting.rows
+
+    monkeypatch.setattr(memory, "footprint", footprint)
+    setting = Setting(CPU, 65536, 0, 64)
+    assert memory.slope_of_few_rows("soft", "softvq", setting, {2048: 1, 4096: 2}) == 1500
+    assert asked == [(1024, 4096), (1024, 262144)]
+    assert memory.slope_of_few_rows("soft", "softvq", setting, {131072: 1, 262144: 2}) == 0
 
 
 def test_memory(quick, results, monkeypatch, capsys):
