@@ -39,6 +39,9 @@ setup(
         "safetensors",
         "tomli-w",
     ],
-    extras_require={"dev": ["pytest", "ruff"]},
+    extras_require={
+        "dev": ["pytest", "ruff"],
+        "bench": ["vector-quantize-pytorch", "flash-kmeans", "pykeops"],
+    },
     entry_points={"console_scripts": ["softvq = softvq.cli:main"]},
 )

@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench compile` and `python -m bench op`."""
+"""Benchmarks and numeric checks: `python -m bench COMMAND`; README.md says what each does."""

@@ -1,148 +1,282 @@
-"""Speed and memory of the operator, forward + backward, against other ways to compute it."""
+"""Speed and peak memory of the operator, forward and backward, against other ways to compute it.
+
+The candidates take turns, so that a busy moment hits all of them, over inputs that change from turn
+to turn. Compare ratios within a table: they were measured together.
+"""
 
 import argparse
-import csv
-import datetime
-import multiprocessing
-import platform
-import statistics
-import sys
+import gc
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
-import softvq
-from bench.candidates import CANDIDATES
+from bench.candidates import Candidate, Run, Setting, softvq_candidates, torch_candidates
+from bench.check import require_green
+from bench.hard import hard_candidates
+from bench.limits import PASSES, measure_limits, percents
+from bench.measure import Clock, bounded_memory, peak_bytes, quantiles, reason
+from bench.peers import peer_candidates
+from bench.results import OUT, Results, Row, headline, print_table, version
 
-COLUMNS = (
-    *("candidate", "outputs", "rows", "codes", "dim", "dtype", "temperature"),
-    *("p20_seconds", "p50_seconds", "p80_seconds", "times_eager", "extra_mb"),
-    *("device", "threads", "torch", "softvq", "date", "command"),
-)
-
-
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench op", description=__doc__)
-    parser.add_argument("--rows", type=int, default=65536)
-    parser.add_argument("--codes", type=int, nargs="+", default=[512, 4096])
-    parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="8192 rows, 3 repeats")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/op.csv"))
-    options = parser.parse_args(arguments)
-    if options.quick:
-        options.rows, options.repeats = 8192, 3
-    rows = [row for codes in options.codes for row in measure(options, codes)]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    print_table(rows)
-    print(f"\nwritten to {options.out}")
-    return 0
+INPUT_SETS = 3
+TURNS, LEAST_TURNS, TURNS_SECONDS = 20, 3, 60  # the least, however long they take
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def inputs(options: argparse.Namespace, codes: int) -> tuple[torch.Tensor, ...]:
-    torch.manual_seed(0)
-    z = torch.randn(options.rows, options.dim, requires_grad=True)
-    codebook = torch.randn(codes, options.dim, requires_grad=True)
-    return z, codebook, torch.randn(options.rows, options.dim)
-
-
-def step(name: str, options: argparse.Namespace, z, codebook, grad) -> None:
-    z.grad = codebook.grad = None
-    CANDIDATES[name].run(z, codebook, options.temperature).backward(grad)
-
-
-def measure(options: argparse.Namespace, codes: int) -> list[dict[str, object]]:
-    """One row a candidate; the candidates take turns, so that a busy moment hits all of them."""
-    tensors = inputs(options, codes)
-    seconds: dict[str, list[float]] = {name: [] for name in CANDIDATES}
-    for repeat in range(options.repeats + 1):
-        for name in CANDIDATES:
-            started = time.perf_counter()
-            step(name, options, *tensors)
-            if repeat:  # the first turn warms up
-                seconds[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+def soft_candidates(setting: Setting) -> list[Candidate]:
+    """Everything that computes q softly."""
     return [
-        {
-            "candidate": name,
-            "outputs": candidate.outputs,
-            "rows": options.rows,
-            "codes": codes,
-            "dim": options.dim,
-            "dtype": "float32",
-            "temperature": options.temperature,
-            "p20_seconds": round(quantile(seconds[name], 0.2), 4),
-            "p50_seconds": round(medians[name], 4),
-            "p80_seconds": round(quantile(seconds[name], 0.8), 4),
-            "times_eager": round(medians["eager"] / medians[name], 2),
-            "extra_mb": extra_memory(name, options, codes),
-            "device": processor_name(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "softvq": softvq.__version__,
-            "date": datetime.date.today().isoformat(),
-            "command": "python -m bench op " + " ".join(sys.argv[2:]),
-        }
-        for name, candidate in CANDIDATES.items()
+        *torch_candidates(setting),
+        *peer_candidates(setting),
+        *softvq_candidates(setting),
     ]
 
 
-def quantile(values: list[float], q: float) -> float:
-    return torch.tensor(values, dtype=torch.float64).quantile(q).item()
+GROUPS = {"soft": soft_candidates, "hard": hard_candidates}
 
 
-def extra_memory(name: str, options: argparse.Namespace, codes: int) -> int:
-    """Peak MB beyond inputs, output and gradients of one step, in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_peak, args=(queue, name, options, codes))
-    process.start()
-    peak = queue.get()
-    process.join()
-    kept = 4 * (2 * options.rows + codes) * options.dim  # q, dz and dC
-    return round((peak - kept) / 1e6)
+def settings(device: torch.device, quick: bool) -> list[tuple[str, Setting]]:
+    """Group and setting, the most important first: time may run out before the last."""
+    if quick and device.type == "cpu":
+        return [("soft", Setting(device, 8192, 512, 64)), ("hard", Setting(device, 8192, 512, 64))]
+    rows, wide, half = 65536, 4096, torch.bfloat16
+    if device.type == "cpu":
+        return [
+            *(("soft", Setting(device, rows, codes, 64)) for codes in (512, wide, 64)),
+            *(("hard", Setting(device, rows, codes, 64)) for codes in (512, wide)),
+            *(("soft", Setting(device, rows, 512, dim)) for dim in (4, 16, 256)),
+            ("soft", Setting(device, rows, 512, 64, half)),
+            ("soft", Setting(device, 4096, 512, 64)),
+        ]
+    first = [
+        ("soft", Setting(device, rows, wide, 64, half)),
+        ("soft", Setting(device, rows, wide, 64)),
+        ("hard", Setting(device, rows, wide, 64, half)),
+    ]
+    if quick:
+        return first
+    return [
+        *first,
+        *(("soft", Setting(device, rows, codes, 64, half)) for codes in (512, 32768, 64, 262144)),
+        *(("soft", Setting(device, rows, wide, dim, half)) for dim in (128, 256, 16)),
+        ("hard", Setting(device, rows, 32768, 64, half)),
+        ("soft", Setting(device, rows, 512, 64)),
+        *(("soft", Setting(device, n, wide, 64, half)) for n in (4096, 2**20)),
+        ("soft", Setting(device, rows, wide, 4)),
+    ]
 
 
-def _peak(queue, name: str, options: argparse.Namespace, codes: int) -> None:
-    tensors = inputs(options, codes)
-    small = argparse.Namespace(**{**vars(options), "rows": 256})
-    step(name, small, *inputs(small, codes))  # libraries load and make their own buffers
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    step(name, options, *tensors)
-    queue.put(_resident("VmHWM") - before)
+def main(arguments: list[str]) -> int:
+    """`python -m bench op`."""
+    options = parse(arguments)
+    device = torch.device(options.device)
+    results = Results(options.out, device)
+    if not require_green(results, device):
+        return 1
+    if device.type == "cpu":
+        bounded_memory()
+    chosen = settings(device, options.quick)
+    if options.codes or options.dim or options.dtype:
+        chosen = [
+            (group, Setting(device, options.rows, codes, dim, DTYPES[dtype]))
+            for group in GROUPS
+            for codes in options.codes or [512, 4096]
+            for dim in options.dim or [64]
+            for dtype in options.dtype or ["float32"]
+        ]
+    dtypes = list({setting.dtype for _, setting in chosen})
+    limits = measure_limits(device, dtypes)
+    print_limits(results.replace("limits", limits))
+    deadline = time.monotonic() + 60 * options.minutes
+    rows: list[Row] = []
+    for group, setting in chosen:
+        rows += measure(GROUPS[group](setting), group, setting, limits, deadline)
+        written = results.replace("op", rows)
+    report(written)
+    print(f"\nwritten to {results.path}")
+    return 0
 
 
-def _resident(field: str) -> int:
-    """Bytes of memory now (VmRSS) or at its highest (VmHWM); Linux."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition(f"{field}:")[2].split()[0])
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(prog="python -m bench op", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="one size")
+    parser.add_argument("--rows", type=int, default=65536, help="N, with --codes, --dim, --dtype")
+    parser.add_argument("--codes", type=int, nargs="+", help="K, instead of the usual settings")
+    parser.add_argument("--dim", type=int, nargs="+", help="D, instead of the usual settings")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES)
+    parser.add_argument("--minutes", type=float, default=60, help="start no setting after that")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the devices' folders")
+    return parser.parse_args(arguments)
 
 
-def processor_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def measure(
+    candidates: list[Candidate],
+    group: str,
+    setting: Setting,
+    limits: list[Row],
+    deadline: float,
+) -> list[Row]:
+    """A row for every candidate and pass; one that cannot has a single row that says why."""
+    base = {
+        c.name: {
+            **setting.columns(),
+            "candidate": c.name,
+            "version": version(c.package),
+            "outputs": c.outputs,
+            "precision": c.precision,
+            "metric": "time",
+            "unit": "s",
+        }
+        for c in candidates
+    }
+    status: dict[str, str] = {}
+    runs: dict[str, Run] = {}
+    torch.compiler.reset()  # earlier shapes count against the limit of recompilations
+    sets = [setting.draw(seed) for seed in range(INPUT_SETS)]
+    clock = Clock(setting.device)
+    for candidate in candidates:
+        if time.monotonic() > deadline:
+            status[candidate.name] = "not run: no time left"
+            continue
+        try:
+            run = candidate.prepare(setting)
+            turn(group, run, sets[0], clock)  # compiles, loads, warms up
+            runs[candidate.name] = run
+        except Exception as error:  # of any library: its row says which
+            status[candidate.name] = reason(error)
+        free()
+    seconds = turns(group, runs, sets, clock)
+    del runs, sets, clock
+    free()
+    rows: list[Row] = []
+    for candidate in candidates:
+        if candidate.name in status:
+            rows.append(base[candidate.name] | {"status": status[candidate.name]})
+            continue
+        memory = extra_bytes(candidate, group, setting) if shows_memory(setting) else {}
+        for what, values in seconds[candidate.name].items():
+            found = quantiles(values)
+            rows.append(
+                base[candidate.name]
+                | found
+                | percents(setting, what, found["p50"], limits)
+                | times_reference(seconds, group, what, found["p50"])
+                | {"pass": what, "status": "ok"}
+                | (memory if what in ("both", "hard") else {})
+            )
+    return rows
 
 
-def print_table(rows: list[dict[str, object]]) -> None:
-    first = rows[0]
-    print(
-        f"\n{first['device']}, {first['threads']} threads, torch {first['torch']}, {first['date']}"
-        f"\nforward + backward, N = {first['rows']}, D = {first['dim']}, float32\n"
+def turns(
+    group: str, runs: dict[str, Run], sets: list[tuple], clock: Clock
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of every pass, by candidate, the candidates interleaved."""
+    marks: dict[str, list[dict]] = {name: [] for name in runs}
+    started = time.monotonic()
+    for repeat in range(TURNS):
+        if repeat >= LEAST_TURNS and time.monotonic() - started > TURNS_SECONDS:
+            break
+        for name, run in runs.items():
+            marks[name].append(turn(group, run, sets[repeat % len(sets)], clock))
+    return {
+        name: {what: [clock.seconds(*turn[what]) for turn in found] for what in (found or [{}])[0]}
+        for name, found in marks.items()
+    }
+
+
+def turn(group: str, run: Run, tensors: tuple, clock: Clock) -> dict[str, tuple]:
+    """One call, and its gradients in the soft group: start and end of every pass."""
+    z, codebook, grad = tensors
+    clock.settle()
+    if group == "hard":
+        with torch.no_grad():
+            start = clock.mark()
+            run(z, codebook)
+            return {"hard": (start, clock.mark())}
+    start = clock.mark()
+    quantized = run(z, codebook).quantized
+    middle = clock.mark()
+    torch.autograd.grad(quantized, (z, codebook), grad)
+    end = clock.mark()
+    return {"forward": (start, middle), "backward": (middle, end), "both": (start, end)}
+
+
+def times_reference(seconds: dict, group: str, what: str, median: float) -> dict[str, float]:
+    """How many times faster than the plain way of the group."""
+    reference = seconds.get("eager" if group == "soft" else "cdist")
+    return {"times_eager": quantiles(reference[what])["p50"] / median} if reference else {}
+
+
+def shows_memory(setting: Setting) -> bool:
+    """On a CPU each measurement takes a process of its own: only at the sizes that are plotted."""
+    return setting.device.type == "cuda" or (setting.dim, setting.dtype) == (64, torch.float32)
+
+
+def extra_bytes(candidate: Candidate, group: str, setting: Setting) -> dict[str, object]:
+    """Peak beyond inputs, q and gradients; or why it is not known."""
+    kept = setting.dtype.itemsize * setting.dim * (2 * setting.rows + setting.codes)
+    try:
+        peak = peak_bytes(setting.device, step, group, candidate.name, setting)
+    except Exception as error:
+        return {"extra_bytes": "", "status": f"memory: {reason(error)}"}
+    free()
+    return {"extra_bytes": peak - (kept if group == "soft" else 0)}
+
+
+def step(group: str, name: str, setting: Setting) -> Callable[[], object]:
+    """The work whose memory is measured, by name: it has to reach another process."""
+    torch.compiler.reset()  # what a CUDA graph holds belongs to the work that is measured
+    candidate = next(c for c in GROUPS[group](setting) if c.name == name)
+    run, (z, codebook, grad) = candidate.prepare(setting), setting.draw(0)
+    if group == "hard":
+        return torch.no_grad()(partial(run, z, codebook))
+    return lambda: torch.autograd.grad(run(z, codebook).quantized, (z, codebook), grad)
+
+
+def free() -> None:
+    """Give back what the candidate before held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def print_limits(rows: list[dict[str, str]]) -> None:
+    """What the percentages are of."""
+    print(headline(rows[0]))
+    print_table(
+        ["limit", "dtype", "p50", "unit"],
+        [[row["metric"], row["dtype"], row["p50"], row["unit"]] for row in rows],
     )
-    print(f"{'K':>7}  {'candidate':14} {'seconds':>8} {'x eager':>8} {'extra MB':>9}  outputs")
+
+
+def report(rows: list[dict[str, str]]) -> None:
+    """A line for every candidate of every setting, losing and failing ones too."""
+    lines: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     for row in rows:
-        print(
-            f"{row['codes']:>7}  {row['candidate']:14} {row['p50_seconds']:>8.3f} "
-            f"{row['times_eager']:>8.2f} {row['extra_mb']:>9}  {row['outputs']}"
-        )
+        key = tuple(row[name] for name in ("rows", "codes", "dim", "dtype", "candidate"))
+        lines.setdefault(key, {})[row["pass"]] = row
+    print("\n" + headline(rows[0]))
+    columns = [*("N", "K", "D", "dtype", "candidate", "forward", "backward", "both ms"), "p20–p80"]
+    columns += [*("× eager", "extra MB", "% matmul", "% copy", "% exp", "returns")]
+    print_table(columns, [[*key, *_cells(passes)] for key, passes in lines.items()])
+
+
+def _cells(passes: dict[str, dict[str, str]]) -> list[str]:
+    """Of one line: the median of each pass, the rest of the whole."""
+    whole = passes.get("both") or passes.get("hard") or passes[""]
+    medians = [_milliseconds(passes[what]["p50"]) if what in passes else "" for what in PASSES]
+    spread = f"{_milliseconds(whole['p20'])}–{_milliseconds(whole['p80'])}" if whole["p20"] else ""
+    extra = f"{float(whole['extra_bytes']) / 1e6:.0f}" if whole["extra_bytes"] else ""
+    percent = [whole[f"percent_{limit}"] for limit in ("matmul", "copy", "exp")]
+    note = whole["outputs"] if whole["status"] == "ok" else whole["status"]
+    both = medians[2] or medians[3]
+    return [*medians[:2], both, spread, whole["times_eager"], extra, *percent, note]
+
+
+def _milliseconds(seconds: str) -> str:
+    return f"{1e3 * float(seconds):.3g}" if seconds else ""

@@ -160,9 +160,14 @@ def _code_sweep_kernel(
     end = tl.minimum(begin + rows_per_split, rows)
     z_pointer += head * head_stride
     row_state_pointer += head * rows
+    if row_shift_pointer is not None:
+        row_shift_pointer += head * rows
+    if grad_entropy_pointer is not None:
+        grad_entropy_pointer += head * rows
     if values_pointer is not None:
         values_pointer += head * values_head_stride
-    for start in tl.range(begin, end, ROWS, num_stages=STAGES):
+    for done in tl.range(0, (end - begin).to(tl.int32), ROWS, num_stages=STAGES):
+        start = begin + done
         first_row = tile_start(start, rows, ROWS, WHOLE_TILES)
         row = first_row + tl.arange(0, ROWS)
         mask = (row >= start) & (row < end)
@@ -190,18 +195,18 @@ def _code_sweep_kernel(
             sums = split_dot(p_high, p_low, value, value_low, sums, SPLIT_ALL, SPLIT_ALL)
         if row_shift_pointer is not None:
             # [CODES, ROWS]: (2/T)(a_nk − δ_n + λ_n), the factor costs nothing inside the fma
-            row_shift = tl.load(row_shift_pointer + head * rows + row, mask=mask, other=0.0)
+            row_shift = tl.load(row_shift_pointer + row, mask=mask, other=0.0)
             rise = -row_shift[None, :]
             if values_pointer is not None:
-                along = split_dot(
-                    code, code_low, value.T, value_low.T, zeros, SPLIT_ALL, SPLIT_ALL
-                )
+                along = split_dot(code, code_low, value.T, value_low.T, zeros, SPLIT_ALL, SPLIT_ALL)
                 factor = 2.0 * inverse_temperature * unit * value_scale
                 rise = tl.fma(along, factor[None, :], rise)
             if code_gradient_pointer is not None:
                 rise += code_gradient[:, None]
             if grad_entropy_pointer is not None:
-                grad_entropy = tl.load(grad_entropy_pointer + head * rows + row, mask=mask, other=0.0)
+                grad_entropy = tl.load(
+                    grad_entropy_pointer + head * rows + row, mask=mask, other=0.0
+                )
                 factor = -2.0 * LN_2 * inverse_temperature * grad_entropy
                 rise = tl.fma(relative, factor[None, :], rise)
             gradient = p * rise

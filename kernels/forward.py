@@ -141,9 +141,7 @@ def _forward_kernel(
         half_norm = tl.load(half_norm_pointer + first + order)
         # [ROWS, CODES]
         zeros = tl.zeros([ROWS, CODES], tl.float32)
-        product = split_dot(
-            z_high, z_low, code.T, code_low.T, zeros, SPLIT_LATENTS, SPLIT_CODEBOOK
-        )
+        product = split_dot(z_high, z_low, code.T, code_low.T, zeros, SPLIT_LATENTS, SPLIT_CODEBOOK)
         scores = tl.fma(product, (z_scale / unit)[:, None], -half_norm[None, :])
         # [ROWS, 8]; the strict comparison keeps the lowest index of a tie
         tile_best, block = best_quad(scores)

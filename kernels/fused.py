@@ -95,9 +95,7 @@ def probability_sums(
         largest = None
         if values is not None and prepared.scale is not None:
             largest = values.abs().amax((1, 2)).float() / LARGEST.value
-        return code_sweep.launch(
-            z, prepared, codes, temperature, row_state, values, how, largest
-        )
+        return code_sweep.launch(z, prepared, codes, temperature, row_state, values, how, largest)
 
 
 def _unit_stride(x: Tensor | None) -> Tensor | None:

@@ -217,9 +217,7 @@ def as_operand(
 
 
 @triton.jit
-def restored(
-    high: tl.tensor, low: tl.tensor, scale: tl.tensor, SPLIT: tl.constexpr
-) -> tl.tensor:
+def restored(high: tl.tensor, low: tl.tensor, scale: tl.tensor, SPLIT: tl.constexpr) -> tl.tensor:
     """The rows [ROWS, PAD] as the products see them, float32."""
     x = high.to(tl.float32)
     if SPLIT:

@@ -56,7 +56,7 @@ def launch(
     needs_temperature: bool,
 ) -> RowGradients:
     """z and grad_quantized (H, N, D) with unit stride along D; quantized (H, N, D) and gradients of
-    rows (H, N) contiguous, and indices and row_state the forward's; code_gradient (H, padded K) is υ/N.
+    rows (H, N) contiguous; indices and row_state the forward's; code_gradient (H, padded K) is υ/N.
     """
     heads, rows, dim = z.shape
     memory = tiles.shared_memory_limit(z.device)

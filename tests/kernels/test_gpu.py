@@ -9,9 +9,8 @@ import torch
 
 pytest.importorskip("triton", reason="the fused kernels are written in Triton")
 
-from checks import ALL, make
-from naive import Errors, Problem, forward, gradients, matmul_in
-
+from bench.bounds import ALL, make
+from bench.truth import Errors, Problem, forward, gradients, matmul_in
 from softvq.kernels import fused
 from softvq.kernels.code_sums import code_sums
 
@@ -55,7 +54,13 @@ def run(problem: Problem, incoming, precision="highest") -> dict[str, torch.Tens
     usage = fused.probability_sums(*problem, None, None, precision)[..., 0] / problem.z.shape[1]
     needs = (True, True, True)
     grads = fused.soft_backward(
-        *problem, *(incoming.get(name) for name in ALL), *needs, quantized, indices, state, precision
+        *problem,
+        *(incoming.get(name) for name in ALL),
+        *needs,
+        quantized,
+        indices,
+        state,
+        precision,
     )
     outputs = dict(zip(ALL, (quantized, log_partition, entropy, usage), strict=True))
     names = ("grad z", "grad codebook", "grad temperature")

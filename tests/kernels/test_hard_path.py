@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from naive import Errors
+
+from bench.truth import Errors
 
 pytest.importorskip("triton", reason="the fused kernels are written in Triton")
 

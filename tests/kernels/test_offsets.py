@@ -6,7 +6,8 @@ test_gpu.py.
 
 import pytest
 import torch
-from checks import make
+
+from bench.bounds import make
 
 pytest.importorskip("triton", reason="the fused kernels are written in Triton")
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from naive import Problem, forward, gradients
 
+from bench.truth import Problem, forward, gradients
 from softvq.kernels import reference
 
 ALL = ("quantized", "log_partition", "entropy", "usage")

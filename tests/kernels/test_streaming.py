@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from checks import ALL, check, incoming_for, make, near_ties
-from naive import Problem, forward
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.bounds import ALL, check, incoming_for, make, near_ties
+from bench.truth import Problem, forward
 from softvq.kernels import reference, streaming
 
 SHAPES = [

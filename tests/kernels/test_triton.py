@@ -12,10 +12,17 @@ import torch
 
 pytest.importorskip("triton")
 
-from checks import ALL, check, incoming_for, make, near_ties, run
-from naive import Problem, forward, matmul_in
-
 import softvq
+from bench.bounds import (
+    ALL,
+    REDUCED_PRECISION,
+    check,
+    incoming_for,
+    make,
+    near_ties,
+    reduced_errors,
+)
+from bench.truth import Problem, matmul_in
 from softvq.kernels import code_sweep, fused, streaming, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,43 +73,13 @@ def test_16_bit_latents_with_a_float32_codebook(dtype):
     check_fused(mixed, None, matmul=matmul_in(dtype))
 
 
-# Largest error relative to the largest true value (D = 48, T = 1): what the scores lose is about
-# 1e-6·|z||c| split and 5e-4·|z||c| single; operands of the other products have 8 bits.
-BOUNDS = {
-    "high": {
-        "log_partition": 1e-5,
-        "entropy": 2e-4,
-        "usage": 1e-4,
-        "quantized": 5e-3,
-        "grad": 1e-2,
-    },
-    "medium": {"log_partition": 1e-2, "entropy": 0.1, "usage": 5e-2, "quantized": 0.1, "grad": 0.1},
-}
-
-
-@pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize("precision", REDUCED_PRECISION)
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_reduced_precision(precision, offset):
-    bounds = BOUNDS[precision]
-    problem = draw(2, 130, 130, 48)
-    # Exact also far from zero, so that both offsets pose the same problem.
-    problem = Problem(*((x * 64).round() / 64 + offset for x in problem[:2]), problem.temperature)
-    true = problem.to(torch.float64)
-    outputs, truth = run(fused, problem, precision=precision), forward(true)
-    for name in ALL:
-        error = (outputs[name] - truth[name]).abs().max() / (
-            truth[name] - offset * (name == "quantized")
-        ).abs().max()
-        assert error < bounds[name], f"{name}: {error:.2e}"
-    incoming = [torch.randn_like(outputs[name]) for name in ALL]
-    saved = (outputs["quantized"], outputs["indices"], outputs["row_state"], precision)
-    grads = fused.soft_backward(*problem, *incoming, True, True, True, *saved)
-    double = [x.double() for x in (*problem, *incoming)]
-    for grad, expected in zip(
-        grads, streaming.soft_backward(*double, True, True, True), strict=True
-    ):
-        error = (grad - expected).abs().max() / expected.abs().max()
-        assert error < bounds["grad"], f"{error:.2e}"
+    bounds = REDUCED_PRECISION[precision]
+    for name, error in reduced_errors(fused, precision, offset, DEVICE).items():
+        bound = bounds["grad" if name.startswith("grad") else name]
+        assert error < bound, f"{name}: {error:.2e}"
 
 
 @pytest.mark.parametrize("offset", [10.0, 1e4])

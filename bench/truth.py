@@ -79,13 +79,17 @@ class Errors:
         self.floor = floor
 
     def add(self, ours: Tensor, plain: Tensor, truth: Tensor) -> None:
-        assert not ours.isnan().any()
         self.eps = torch.finfo(ours.dtype).eps
-        self.ours = max(self.ours, (ours.double() - truth).abs().max().item())
+        error = (ours.double() - truth).abs().nan_to_num(nan=torch.inf)  # max() would drop a NaN
+        self.ours = max(self.ours, error.max().item())
         self.plain = max(self.plain, (plain.to(ours.dtype).double() - truth).abs().max().item())
         self.largest = max(self.largest, truth.abs().max().item())
 
+    def allowed(self, factor: float) -> float:
+        """factor × plain + 4 eps × (largest true value + floor)."""
+        return factor * self.plain + 4 * self.eps * (self.largest + self.floor)
+
     def assert_no_worse(self, factor: float, what: str) -> None:
-        """ours ≤ factor × plain + 4 eps × (largest true value + floor)."""
-        allowed = factor * self.plain + 4 * self.eps * (self.largest + self.floor)
+        """Ours within what is allowed."""
+        allowed = self.allowed(factor)
         assert self.ours <= allowed, f"{what}: error {self.ours:.3g}, allowed {allowed:.3g}"

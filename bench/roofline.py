@@ -1,0 +1,165 @@
+"""The time that each limit of a card implies for a kernel, from what its machine code holds.
+
+Four limits: the matrix unit, exponentials, instructions issued, memory. A kernel cannot be faster
+than the largest of the four times, and without overlap takes their sum. `measured` replaces what a
+data sheet promises by what `bench op` found on the card.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+# Per multiprocessor and clock, sm_80, sm_90 and sm_100 alike: 4 schedulers of 32 threads, and 16
+# results of base-2 exponential (NVIDIA, CUDA C++ Programming Guide, "Arithmetic Instructions").
+ISSUE_PER_CLOCK = 128
+EXP_PER_CLOCK = 16
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card can do at best, per second."""
+
+    name: str
+    architecture: int  # 90: sm_90
+    operations: float  # dense floating-point operations of the matrix unit, 16-bit operands
+    exponentials: float
+    instructions: float  # of single threads
+    bytes: float
+    source: str
+
+
+def _card(
+    name: str, architecture: int, processors: int, hertz: float, **sheet: float | str
+) -> Card:
+    """A card whose issue and exponential rates follow from its clock."""
+    clocks = processors * hertz
+    rates = {"exponentials": EXP_PER_CLOCK * clocks, "instructions": ISSUE_PER_CLOCK * clocks}
+    return Card(name, architecture, **rates, **sheet)
+
+
+# Looked up on 2026-11-21. Data sheets print the matrix unit's rate with sparsity, twice the dense
+# one. The clock is the one behind the sheet's float32 rate, 2 · cores · clock: 19.5e12 for A100
+# (6912 cores), 67e12 for H100 and H200 (16896), 75e12 for B200 (18944).
+_CARDS = (
+    _card(
+        *("A100", 80, 108, 1.410e9),
+        operations=312e12,
+        bytes=2.039e12,
+        source="NVIDIA A100 data sheet, 80GB SXM: BF16 312 TFLOPS, 2,039 GB/s",
+    ),
+    _card(
+        *("H100", 90, 132, 1.980e9),
+        operations=989.5e12,
+        bytes=3.35e12,
+        source="NVIDIA H100 data sheet, SXM: BF16 1,979 TFLOPS with sparsity, 3.35 TB/s",
+    ),
+    _card(
+        *("H200", 90, 132, 1.980e9),
+        operations=989.5e12,
+        bytes=4.8e12,
+        source="NVIDIA H200 data sheet, SXM: BF16 1,979 TFLOPS with sparsity, 4.8 TB/s",
+    ),
+    _card(
+        *("B200", 100, 148, 1.980e9),
+        operations=2250e12,
+        bytes=8.0e12,
+        source="NVIDIA HGX B200 data sheet, one GPU: BF16 4.5 PFLOPS with sparsity, up to 8 TB/s",
+    ),
+)
+CARDS = {card.name: card for card in _CARDS}
+
+
+class Work(NamedTuple):
+    """What a kernel does."""
+
+    pairs: float  # N·K, padding included
+    operations: float  # of the matrix unit per pair, in 16-bit operations
+    exponentials: float  # per pair
+    instructions: float  # of single threads per pair
+    bytes: float  # read and written in all
+
+
+class Times(NamedTuple):
+    """Seconds that each limit alone would take."""
+
+    tensor: float
+    exp: float
+    issue: float
+    memory: float
+
+    @property
+    def bound(self) -> str:
+        """The limit that decides."""
+        return self._fields[self.index(max(self))]
+
+
+def times(card: Card, work: Work) -> Times:
+    """The four times of a kernel on a card."""
+    return Times(
+        work.pairs * work.operations / card.operations,
+        work.pairs * work.exponentials / card.exponentials,
+        work.pairs * work.instructions / card.instructions,
+        work.bytes / card.bytes,
+    )
+
+
+class Products(NamedTuple):
+    """Matrix products of one arithmetic, each in units of one with 16-bit operands."""
+
+    scores: int  # three where both operands are split
+    others: int
+    nearest: int
+
+
+# A product of float32 operands is three tf32 products, each at half the 16-bit rate.
+PRODUCTS = {
+    "bf16": Products(1, 1, 1),
+    "fp16": Products(1, 1, 1),
+    "bf16/fp32": Products(2, 1, 3),
+    "fp32 highest": Products(6, 6, 3),
+    "fp32 high": Products(3, 1, 3),
+    "fp32 medium": Products(1, 1, 1),
+}
+# Products beside the scores, and exponentials, per kernel; the usage sweep is a code_sweep
+# without them.
+OTHERS = {"forward": 1, "row_gradients": 2, "code_sweep": 3, "usage": 0}
+
+
+def kernel_work(
+    kernel: str, inputs: str, rows: int, codes: int, dim: int, instructions: float
+) -> Work:
+    """The work of a kernel of `bench compile` over `rows` latents and `codes` codes.
+
+    `kernel` and `inputs` are that table's words ("usage": code_sweep in the call "usage"),
+    `instructions` its instructions per pair, `dim` is padded as the kernels pad it. Bytes are those
+    of the rows' and codes' vectors, once each: the codebook stays in the cache.
+    """
+    padded = max(16, 1 << (dim - 1).bit_length())
+    of = PRODUCTS[inputs]
+    products = of.nearest if kernel == "nearest" else of.scores + OTHERS[kernel] * of.others
+    size = 4 if inputs.startswith("fp32") else 2
+    # Row vectors: z and q; z, q, dq and dz; z and dq; z. A float32 sum for every code.
+    vectors = {"forward": 2, "row_gradients": 4, "code_sweep": 2, "usage": 1, "nearest": 1}[kernel]
+    sums = 4 * codes * dim if kernel == "code_sweep" else 0
+    return Work(
+        pairs=rows * codes,
+        operations=2 * padded * products,
+        exponentials=0 if kernel == "nearest" else 1,
+        instructions=instructions,
+        bytes=size * dim * (vectors * rows + codes) + sums,
+    )
+
+
+def measured(card: Card, limits: Iterable[Mapping[str, str]]) -> Card:
+    """The card with the rates of `bench op`'s rows "limits" in the place of the data sheet's.
+
+    The issue rate has no measurement and stays.
+    """
+    rates = {(row["metric"], row["dtype"]): float(row["p50"]) for row in limits}
+    return replace(
+        card,
+        operations=rates.get(("matmul", "bfloat16"), card.operations),
+        exponentials=rates.get(("exp", "float32"), card.exponentials),
+        bytes=rates.get(("copy", ""), card.bytes),
+        source=f"{card.source}; measured by bench op",
+    )
