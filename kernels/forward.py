@@ -13,6 +13,7 @@ from softvq.kernels.primitives import (
     LOG2_E,
     LOWEST,
     WEIGHT_SCALE,
+    add_product,
     as_operand,
     best_quad,
     lane_order,
@@ -162,14 +163,9 @@ def _forward_kernel(
         total = tl.fma(total, factor[:, None], lane_sum(weights))
         if quantized_pointer is not None:
             weights, weights_low = weights_operand(weights, WEIGHT_SCALE, SPLIT_ALL, OPERAND)
-            if PAD <= 128:
-                # The matrix unit adds to scaled sums in place only by waiting after every step.
-                new = tl.zeros([ROWS, PAD], tl.float32)
-                new = split_dot(weights, weights_low, code, code_low, new, SPLIT_ALL, SPLIT_ALL)
-                sums = tl.fma(sums, tl.broadcast_to(factor[:, None], [ROWS, PAD]), new)
-            else:  # no registers for both
-                sums *= factor[:, None]
-                sums = split_dot(weights, weights_low, code, code_low, sums, SPLIT_ALL, SPLIT_ALL)
+            sums = add_product(
+                sums, factor[:, None], weights, weights_low, code, code_low, SPLIT_ALL
+            )
 
     # [ROWS]: the lanes meet
     total, weighted = tl.sum(total, 1), tl.sum(weighted, 1)

@@ -69,6 +69,27 @@ def split_dot(
 
 
 @triton.jit
+def add_product(
+    sums: tl.tensor,
+    factor: tl.tensor,
+    a: tl.tensor,
+    a_low: tl.tensor,
+    b: tl.tensor,
+    b_low: tl.tensor,
+    SPLIT: tl.constexpr,
+) -> tl.tensor:
+    """sums·factor + (a + a_low)·(b + b_low), sums [ROWS, PAD] and factor [ROWS, 1] or a number.
+
+    Products stay in flight only while nothing else touches what they add to, else each waits for
+    the one before: so they get sums of their own. Wide rows have no registers for those.
+    """
+    if sums.shape[1] > 128:
+        return split_dot(a, a_low, b, b_low, sums * factor, SPLIT, SPLIT)
+    product = split_dot(a, a_low, b, b_low, tl.zeros(sums.shape, tl.float32), SPLIT, SPLIT)
+    return tl.fma(sums, tl.broadcast_to(factor, sums.shape), product)
+
+
+@triton.jit
 def split(x: tl.tensor, dtype: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """x ≈ high + low, both of `dtype`."""
     high = round_to(x, dtype)

@@ -16,7 +16,9 @@ from softvq.kernels.primitives import (
     LARGEST,
     LN_2,
     LOG2_E,
+    add_product,
     as_operand,
+    dot,
     load_codes,
     load_rows,
     relative_scores,
@@ -228,7 +230,13 @@ def _row_gradients_kernel(
             gradient, gradient_low = weights_operand(
                 gradient, (1.0 / operand_scale)[:, None], SPLIT_ALL, OPERAND
             )
-            pull = split_dot(gradient, gradient_low, code, code_low, pull, SPLIT_ALL, SPLIT_ALL)
+            if z_pointer.dtype.element_ty == tl.bfloat16:
+                pull = dot(gradient, code, pull)
+            else:
+                one = tl.full([1, 1], 1.0, tl.float32)
+                pull = add_product(
+                    pull, one, gradient, gradient_low, code, code_low, SPLIT_ALL
+                )
 
     sigma *= inverse_total
     shift = delta + sigma
