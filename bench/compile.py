@@ -17,6 +17,7 @@ import triton
 
 from bench.launches import Launch, recorded
 from bench.machine_code import SHARED_LIMIT, TENSOR_MEMORY_LIMIT, inspect
+from bench.roofline import CARDS, kernel_work, times
 from softvq.kernels import fused, tiles
 from softvq.kernels.code_sums import code_sums
 from softvq.kernels.nearest import nearest
@@ -24,6 +25,7 @@ from softvq.kernels.nearest import nearest
 ARCHITECTURES = tuple(SHARED_LIMIT)
 DIMS = (16, 32, 64, 128, 256)
 ROWS, CODES = 4096, 1024
+CARD = {80: "A100", 90: "H200", 100: "B200"}  # whose limits are printed
 # (latents, codebook, precision): all that the kernels tell apart.
 INPUTS = {
     "bf16": (torch.bfloat16, torch.bfloat16, "highest"),
@@ -104,9 +106,10 @@ def describe(case: Case) -> dict[str, object]:
     constants, options = case.launch.constants, case.launch.options
     code = inspect(case.launch.compile(case.architecture))
     pairs = constants.get("ROWS", 0) * constants.get("CODES", 0)  # 0: no matrix product
+    per_pair = round(code.per_pair(pairs, options.get("num_warps", 4)), 2) if pairs else ""
     problems = []
     if code.spills:
-        problems.append("spills")
+        problems.append("spills in the loop" if code.loop_spills else "spills")
     if code.shared > SHARED_LIMIT[case.architecture]:
         problems.append("shared memory")
     if code.tensor_memory > TENSOR_MEMORY_LIMIT:
@@ -126,14 +129,30 @@ def describe(case: Case) -> dict[str, object]:
         "warps": options.get("num_warps", 4),
         "registers": code.registers,
         "spilled_bytes": code.spills,
+        "spilled_in_loop": code.loop_spills,
         "shared_bytes": code.shared,
         "tensor_memory_columns": code.tensor_memory,
         "tensor_core": code.tensor_core,
         "instructions": code.instructions,
-        "per_pair": round(code.per_pair(pairs, options.get("num_warps", 4)), 2) if pairs else "",
+        "per_pair": per_pair,
+        **_bound(case, per_pair),
         "problems": "; ".join(problems),
         "triton": triton.__version__,
         "date": datetime.date.today().isoformat(),
+    }
+
+
+def _bound(case: Case, per_pair: float | str) -> dict[str, object]:
+    """What decides a card's time for 2^20 latents and CODES codes if nothing else did, and it."""
+    if not per_pair:
+        return {"card": "", "bound": "", "bound_ms": ""}
+    kernel = "usage" if case.call == "usage" and case.kernel == "code_sweep" else case.kernel
+    work = kernel_work(kernel, case.inputs, 2**20, CODES, case.dim, per_pair)
+    limits = times(CARDS[CARD[case.architecture]], work)
+    return {
+        "card": CARD[case.architecture],
+        "bound": limits.bound,
+        "bound_ms": round(1e3 * max(limits), 2),
     }
 
 
@@ -171,6 +190,7 @@ def main(arguments: list[str]) -> int:
         writer.writerows(rows)
     print_table(rows)
     failed = sum(bool(row["problems"]) for row in rows)
+    print("bound: what would decide 2^20 rows by 1,024 codes on A100, H200, B200 (data sheets)")
     print(f"\n{len(rows)} kernels, {failed} with problems; written to {out}")
     return 1 if failed else 0
 
@@ -193,7 +213,7 @@ def print_table(rows: list[dict[str, object]]) -> None:
     print(
         f"{'arch':6} {'kernel':14} {'inputs':12} {'D':>3} {'call':13} "
         f"{'rows×codes':>10} {'warps':>5} {'regs':>4} {'spills':>6} {'smem KB':>7} {'tmem':>4} "
-        f"{'matrix unit':11} {'instr/pair':>10}  problems"
+        f"{'matrix unit':11} {'instr/pair':>10} {'bound':>7} {'ms':>5}  problems"
     )
     for r in rows:
         print(
@@ -201,5 +221,6 @@ def print_table(rows: list[dict[str, object]]) -> None:
             f"{r['dim']:>3} {r['call']:13} {r['rows']!s:>5}×{r['codes']!s:<4} "
             f"{r['warps']:>5} {r['registers']:>4} {r['spilled_bytes']:>6} "
             f"{r['shared_bytes'] / 1024:>7.1f} {r['tensor_memory_columns']:>4} "
-            f"{r['tensor_core']:11} {r['per_pair']!s:>10}  {r['problems']}"
+            f"{r['tensor_core']:11} {r['per_pair']!s:>10} {r['bound']:>7} {r['bound_ms']!s:>5}  "
+            f"{r['problems']}"
         )

@@ -15,6 +15,7 @@ pair is 1 clock per 128 pairs.
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from triton import knobs
@@ -23,8 +24,10 @@ from triton.compiler import CompiledKernel
 TENSOR_CORE = re.compile(r"\b(UTC\w*MMA|HGMMA|HMMA|IGMMA|QGMMA|DMMA)\b")
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 BRANCH = re.compile(r"\bBRA\S*\s.*?(0x[0-9a-f]+)")
-SPILL_STORE = re.compile(r"\bSTL(?:\.(64|128))?\b")
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per block
+SPILL = re.compile(r"\b(STL|LDL)(?:\.LU)?(?:\.(64|128))?\b")
+# Bytes per block. What is compiled for sm_80 runs on its smaller relatives too: sm_86, sm_89 and
+# sm_120 have 99 KB.
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_MEMORY_LIMIT = 512  # columns; a kernel that wants more is compiled to an empty trap
 
 
@@ -33,6 +36,7 @@ class MachineCode(NamedTuple):
 
     registers: int
     spills: int  # bytes stored to local memory, counted once per instruction
+    loop_spills: int  # bytes stored to or loaded from it in the inner loop
     shared: int  # bytes per block
     tensor_memory: int  # columns, 0 before sm_100
     tensor_core: str  # the instruction found, "" if none
@@ -53,14 +57,14 @@ def inspect(kernel: CompiledKernel) -> MachineCode:
         code = _cuobjdump("-sass", file.name)
         resources = _cuobjdump("--dump-resource-usage", file.name)
     instructions = [(int(a, 16), text) for a, text in INSTRUCTION.findall(code)]
-    spills = (SPILL_STORE.search(text) for _, text in instructions)
     found = TENSOR_CORE.search(code)
     loop = inner_loop(instructions)
     products = sum("HGMMA" in text for text in loop)
     waits = sum("WARPGROUP.DEPBAR" in text for text in loop)
     return MachineCode(
         registers=int(re.search(r"REG:(\d+)", resources)[1]),
-        spills=sum(int(spill[1] or 32) // 8 for spill in spills if spill),
+        spills=_spilled((text for _, text in instructions), "STL"),
+        loop_spills=_spilled(loop, "STL", "LDL"),
         shared=kernel.metadata.shared,
         tensor_memory=kernel.metadata.tmem_size or 0,
         tensor_core=found[1] if found else "",
@@ -68,6 +72,11 @@ def inspect(kernel: CompiledKernel) -> MachineCode:
         loop_instructions=len(loop),
         serialized=2 * waits > products,
     )
+
+
+def _spilled(instructions: Iterable[str], *kinds: str) -> int:
+    found = (SPILL.search(text) for text in instructions)
+    return sum(int(spill[2] or 32) // 8 for spill in found if spill and spill[1] in kinds)
 
 
 def inner_loop(instructions: list[tuple[int, str]]) -> list[str]:

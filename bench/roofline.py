@@ -111,12 +111,12 @@ class Products(NamedTuple):
     nearest: int
 
 
-# A product of float32 operands is three tf32 products, each at half the 16-bit rate.
 PRODUCTS = {
     "bf16": Products(1, 1, 1),
     "fp16": Products(1, 1, 1),
     "bf16/fp32": Products(2, 1, 3),
-    "fp32 highest": Products(6, 6, 3),
+    "fp16/fp32": Products(2, 1, 3),
+    "fp32 highest": Products(3, 3, 3),
     "fp32 high": Products(3, 1, 3),
     "fp32 medium": Products(1, 1, 1),
 }

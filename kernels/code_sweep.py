@@ -54,7 +54,8 @@ def launch(
     heads, rows, dim = z.shape
     padded_codes, pad = prepared.high.shape[1:]
     memory = tiles.shared_memory_limit(z.device)
-    tile = tiles.choose("code_sweep", how.operands, dim, memory)
+    more = grad_entropy is not None or code_gradient is not None
+    tile = tiles.choose("code_sweep, all" if more else "code_sweep", how.operands, dim, memory)
     blocks = triton.cdiv(codes, tile.codes)
     width = 1 if values is None and row_shift is None else pad
     splits = _splits(rows, heads, blocks, 4 * heads * padded_codes * width, tile, z.device)

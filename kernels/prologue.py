@@ -31,7 +31,8 @@ class Arithmetic(NamedTuple):
         """What the choice of a tile depends on."""
         if self.split_all:
             return "split"
-        return "split scores" if self.split_codebook else "plain"
+        native = self.operand == torch.bfloat16 and not self.centre
+        return "bfloat16" if native else "converted"
 
 
 def arithmetic(z: Tensor, codebook: Tensor, precision: str) -> Arithmetic:

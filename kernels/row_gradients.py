@@ -62,7 +62,9 @@ def launch(
     """
     heads, rows, dim = z.shape
     memory = tiles.shared_memory_limit(z.device)
-    tile = tiles.choose("row_gradients", how.operands, dim, memory)
+    more = needs_temperature or grad_entropy is not None or code_gradient is not None
+    kernel = "row_gradients, all" if more else "row_gradients"
+    tile = tiles.choose(kernel, how.operands, dim, memory)
     blocks = triton.cdiv(rows, tile.rows)
     row_shift = z.new_empty((heads, rows), dtype=torch.float32)
     # One more block than there are, so that an empty batch has a sum and a maximum too.
@@ -234,9 +236,7 @@ def _row_gradients_kernel(
                 pull = dot(gradient, code, pull)
             else:
                 one = tl.full([1, 1], 1.0, tl.float32)
-                pull = add_product(
-                    pull, one, gradient, gradient_low, code, code_low, SPLIT_ALL
-                )
+                pull = add_product(pull, one, gradient, gradient_low, code, code_low, SPLIT_ALL)
 
     sigma *= inverse_total
     shift = delta + sigma

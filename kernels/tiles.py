@@ -4,15 +4,20 @@ A tile is `rows` latents by `codes` codes. The output of the second product lies
 the row kernels (forward, row_gradients, nearest) and along the codes in code_sweep: there must be
 one warp for 16 of them, or the warps repeat each other's exponentials. Small tiles with four warps
 leave room for several programs on a multiprocessor, and one program's softmax then hides behind
-another's matrix products.
+another's matrix products. Every row of the table was chosen by its machine code, as
+`python -m bench compile` prints it: no spill first, then the fewest instructions.
 """
 
 from typing import Literal, NamedTuple
 
 import torch
 
-Kernel = Literal["forward", "row_gradients", "code_sweep", "nearest"]
-Operands = Literal["plain", "split scores", "split"]
+# "all": with the gradients of entropy, usage or temperature, which need registers of their own.
+Kernel = Literal[
+    "forward", "row_gradients", "row_gradients, all", "code_sweep", "code_sweep, all", "nearest"
+]
+# bfloat16 latents as they are; anything else that is rounded once; two parts in every product.
+Operands = Literal["bfloat16", "converted", "split"]
 
 CODE_MULTIPLE = 128  # codebooks are padded to a multiple of the largest tile
 MAX_DIM = 256
@@ -24,31 +29,36 @@ class Tile(NamedTuple):
     rows: int
     codes: int
     warps: int
-    stages: int
+    stages: int = 2
 
 
 # For padded D up to 64, 128 and 256.
-_Row = tuple[Tile, Tile, Tile]
-_TABLE: dict[tuple[Kernel, Operands], _Row] = {
-    ("forward", "plain"): (Tile(64, 128, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    ("forward", "split scores"): (Tile(64, 128, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    ("forward", "split"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
-    ("row_gradients", "plain"): (Tile(64, 128, 4, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
-    ("row_gradients", "split scores"): (
-        *(Tile(64, 128, 4, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
-    ),
-    ("row_gradients", "split"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1)),
-    ("code_sweep", "plain"): (Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(16, 64, 4, 2)),
-    ("code_sweep", "split scores"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(16, 64, 4, 2)),
-    ("code_sweep", "split"): (Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(16, 64, 4, 1)),
-    ("nearest", "plain"): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-    ("nearest", "split"): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+Row = tuple[Tile, Tile, Tile]
+_TABLE: dict[tuple[Kernel, Operands], Row] = {
+    ("forward", "bfloat16"): (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 64, 4)),
+    ("forward", "converted"): (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 64, 4, 1)),
+    ("forward", "split"): (Tile(64, 64, 4), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
+    ("row_gradients", "bfloat16"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(128, 64, 8)),
+    ("row_gradients", "converted"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 32, 4, 1)),
+    ("row_gradients", "split"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 32, 4, 1)),
+    ("row_gradients, all", "bfloat16"): (Tile(64, 64, 4), Tile(128, 64, 8), Tile(64, 32, 4)),
+    ("row_gradients, all", "converted"): (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 32, 4, 1)),
+    ("row_gradients, all", "split"): (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 32, 4, 1)),
+    ("code_sweep", "bfloat16"): (Tile(128, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
+    ("code_sweep", "converted"): (Tile(64, 128, 8), Tile(64, 128, 8), Tile(32, 64, 4)),
+    ("code_sweep", "split"): (Tile(64, 128, 8), Tile(32, 128, 8, 1), Tile(16, 64, 4, 1)),
+    ("code_sweep, all", "bfloat16"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
+    ("code_sweep, all", "converted"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(16, 64, 4, 1)),
+    ("code_sweep, all", "split"): (Tile(32, 128, 8), Tile(32, 128, 8, 1), Tile(16, 64, 4, 1)),
+    ("nearest", "converted"): (Tile(128, 128, 8), Tile(128, 128, 8), Tile(128, 128, 8)),
+    ("nearest", "split"): (Tile(128, 128, 8), Tile(128, 128, 8), Tile(64, 64, 4)),
 }
-# Before sm_90 both operands of a product pass through registers, which small tiles must spare.
-# Such a device is known by its shared memory.
+# Before sm_90 both operands of a product pass through registers, which small tiles must spare, and
+# so they do on the consumer's cards after it. All of these are known by their shared memory, of
+# which the tiles need less than the 99 KB of the smallest.
 _HOPPER_SHARED_MEMORY = 227 * 1024
-_BEFORE_HOPPER: dict[tuple[Kernel, Operands], _Row] = {
-    ("nearest", "split"): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 64, 4, 2)),
+_SMALL: dict[tuple[Kernel, Operands], Row] = {
+    ("nearest", "split"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 64, 4)),
 }
 
 
@@ -66,12 +76,10 @@ def shared_memory_limit(device: torch.device) -> int:
 
 def choose(kernel: Kernel, operands: Operands, dim: int, shared_memory: int) -> Tile:
     """The tile for this kernel, these operands and codes of `dim` elements."""
-    row = _TABLE[kernel, operands]
-    if shared_memory < _HOPPER_SHARED_MEMORY:
-        row = _BEFORE_HOPPER.get((kernel, operands), row)
-    return row[max(0, padded_dim(dim).bit_length() - 7)]
+    table = _TABLE if shared_memory >= _HOPPER_SHARED_MEMORY else _SMALL
+    return table[kernel, operands][max(0, padded_dim(dim).bit_length() - 7)]
 
 
-def every_choice() -> list[Tile]:
+def every_choice() -> set[Tile]:
     """All that `choose` can answer."""
-    return [tile for table in (_TABLE, _BEFORE_HOPPER) for row in table.values() for tile in row]
+    return {tile for table in (_TABLE, _SMALL) for row in table.values() for tile in row}

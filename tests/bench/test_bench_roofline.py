@@ -47,7 +47,7 @@ def test_forward_of_a_million_latents():
         ("code_sweep", "fp16", 4),
         ("usage", "bf16", 1),
         ("forward", "bf16/fp32", 3),
-        ("forward", "fp32 highest", 12),
+        ("forward", "fp32 highest", 6),
         ("forward", "fp32 high", 4),
         ("nearest", "fp32 highest", 3),
     ],
