@@ -127,7 +127,7 @@ def _code_sweep_kernel(
     first = tl.program_id(0) * CODES
     split_index = tl.program_id(1)
     head = tl.program_id(2).to(tl.int64)
-    heads = tl.num_programs(2)
+    heads = tl.num_programs(2).to(tl.int64)
     inverse_temperature = 1.0 / tl.load(temperature_pointer).to(tl.float32)
     OPERAND: tl.constexpr = high_pointer.dtype.element_ty
     SPLIT_CODEBOOK: tl.constexpr = low_pointer is not None
@@ -205,9 +205,7 @@ def _code_sweep_kernel(
             if code_gradient_pointer is not None:
                 rise += code_gradient[:, None]
             if grad_entropy_pointer is not None:
-                grad_entropy = tl.load(
-                    grad_entropy_pointer + head * rows + row, mask=mask, other=0.0
-                )
+                grad_entropy = tl.load(grad_entropy_pointer + row, mask=mask, other=0.0)
                 factor = -2.0 * LN_2 * inverse_temperature * grad_entropy
                 rise = tl.fma(relative, factor[None, :], rise)
             gradient = p * rise

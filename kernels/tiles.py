@@ -58,7 +58,23 @@ _TABLE: dict[tuple[Kernel, Operands], Row] = {
 # which the tiles need less than the 99 KB of the smallest.
 _HOPPER_SHARED_MEMORY = 227 * 1024
 _SMALL: dict[tuple[Kernel, Operands], Row] = {
-    ("nearest", "split"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 64, 4)),
+    ("forward", "bfloat16"): (Tile(128, 64, 8), Tile(128, 64, 8), Tile(128, 32, 8)),
+    ("forward", "converted"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 32, 4, 1)),
+    ("forward", "split"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 32, 4, 1)),
+    ("row_gradients", "bfloat16"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 32, 4, 1)),
+    ("row_gradients", "converted"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 32, 4, 1)),
+    ("row_gradients", "split"): (Tile(128, 32, 8), Tile(128, 32, 8, 1), Tile(32, 32, 2, 1)),
+    ("row_gradients, all", "bfloat16"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 32, 4, 1)),
+    ("row_gradients, all", "converted"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 32, 4, 1)),
+    ("row_gradients, all", "split"): (Tile(128, 32, 8), Tile(128, 32, 8, 1), Tile(32, 32, 2, 1)),
+    ("code_sweep", "bfloat16"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(16, 64, 4)),
+    ("code_sweep", "converted"): (Tile(32, 128, 8), Tile(32, 128, 8), Tile(16, 64, 4, 1)),
+    ("code_sweep", "split"): (Tile(32, 128, 8), Tile(32, 128, 8, 1), Tile(16, 64, 4, 1)),
+    ("code_sweep, all", "bfloat16"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(16, 64, 4)),
+    ("code_sweep, all", "converted"): (Tile(32, 128, 8), Tile(32, 128, 8), Tile(16, 64, 4, 1)),
+    ("code_sweep, all", "split"): (Tile(32, 128, 8), Tile(32, 128, 8, 1), Tile(16, 64, 4, 1)),
+    ("nearest", "converted"): (Tile(128, 64, 8), Tile(128, 64, 8), Tile(64, 64, 4)),
+    ("nearest", "split"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 64, 4, 1)),
 }
 
 
