@@ -222,9 +222,7 @@ def _code_sweep_kernel(
     else:
         sums *= operand_scale
         if row_shift_pointer is not None:
-            code, code_low = load_codes(
-                high_pointer, low_pointer, first, codes, PAD, EVICT="evict_first"
-            )
+            code, code_low = load_codes(high_pointer, low_pointer, first, codes, PAD, LAST=True)
             moved = code.to(tl.float32)
             if SPLIT_CODEBOOK:
                 moved += code_low.to(tl.float32)

@@ -126,13 +126,14 @@ def load_rows(
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
     PAD: tl.constexpr,
-    EVICT: tl.constexpr = "",
+    LAST: tl.constexpr = False,
 ) -> tl.tensor:
     """Rows 0 … ROWS−1 of a matrix with unit column stride; zero past `rows_left` and past DIM.
 
-    EVICT="evict_first" marks the last use of rows that were loaded before. It also keeps the
-    compiler from holding them, or their addresses, in registers meanwhile.
+    LAST marks the last use of rows that were loaded before: they may leave the cache. It also keeps
+    the compiler from holding them, or their addresses, in registers meanwhile.
     """
+    policy: tl.constexpr = "evict_first" if LAST else ""
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, PAD)
     mask = (rows < rows_left)[:, None]
@@ -140,7 +141,7 @@ def load_rows(
         mask = mask & (columns < DIM)[None, :]
     # [ROWS, PAD]; 64 bits, for a view may have any stride
     offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    return tl.load(pointer + offsets, mask=mask, other=0.0, eviction_policy=EVICT)
+    return tl.load(pointer + offsets, mask=mask, other=0.0, eviction_policy=policy)
 
 
 @triton.jit
@@ -199,16 +200,17 @@ def load_codes(
     first: tl.tensor,
     codes: tl.tensor,
     PAD: tl.constexpr,
-    EVICT: tl.constexpr = "",
+    LAST: tl.constexpr = False,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Codes first + codes [CODES] of a prepared codebook, high and low part, each [CODES, PAD].
 
-    It is padded, hence no mask; `low` repeats `high` where there is none. EVICT as in `load_rows`.
+    It is padded, hence no mask; `low` repeats `high` where there is none. LAST as in `load_rows`.
     """
+    policy: tl.constexpr = "evict_first" if LAST else ""
     offsets = codes[:, None] * PAD + tl.arange(0, PAD)[None, :]
-    high = tl.load(high_pointer + first * PAD + offsets, eviction_policy=EVICT)
+    high = tl.load(high_pointer + first * PAD + offsets, eviction_policy=policy)
     if low_pointer is not None:
-        return high, tl.load(low_pointer + first * PAD + offsets, eviction_policy=EVICT)
+        return high, tl.load(low_pointer + first * PAD + offsets, eviction_policy=policy)
     return high, high
 
 

@@ -280,7 +280,7 @@ def _row_gradients_kernel(
         else:
             pull += (grad_log_partition - sigma)[:, None] * quantized
             tl.debug_barrier()  # one matrix after the other: wide rows have no registers for both
-            z = load_rows(z_pointer, row_stride, rows_left, ROWS, DIM, PAD, EVICT="evict_first")
+            z = load_rows(z_pointer, row_stride, rows_left, ROWS, DIM, PAD, LAST=True)
             z = z.to(tl.float32)
             if mean_pointer is not None:
                 z -= tl.load(mean_pointer + tl.arange(0, PAD))[None, :]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton compiles the kernels; it is not installed")
+triton = pytest.importorskip("triton", reason="Triton compiles the kernels; it is not installed")
 
 ROOT = Path(__file__).parents[2]
 MATRIX_UNIT = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
@@ -44,6 +44,10 @@ def test_matrix_unit_registers_and_shared_memory(table, architecture, inputs, ke
     assert not row["problems"]
 
 
+@pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9),
+    reason="the counts are those of triton 3.9; older ones need up to a fifth more",
+)
 @pytest.mark.parametrize("kernel", MOST_INSTRUCTIONS)
 def test_instructions_per_pair(table, kernel):
     row = table["sm_90", "bf16", kernel]
