@@ -33,7 +33,8 @@ class SoftQuantize(torch.autograd.Function):
         if straight_through:
             dim = codebook.shape[2]
             rows = indices[..., None].expand(-1, -1, dim)
-            quantized = codebook.gather(1, rows).to(z.dtype)
+            # The cast first: torch 2.11 compiles a cast of the output to one without gradient.
+            quantized = codebook.to(z.dtype).gather(1, rows)
         ctx.save_for_backward(z, codebook, temperature, *saved)
         ctx.detach_probabilities = detach_probabilities
         ctx.precision, ctx.backend = precision, backend
