@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from softvq.kernels import tiles
+from softvq.kernels.lanes import best_quad, lane_order, lane_sum, nearest_of_quad
 from softvq.kernels.primitives import (
     LN_2,
     LOG2_E,
@@ -15,12 +16,8 @@ from softvq.kernels.primitives import (
     WEIGHT_SCALE,
     add_product,
     as_operand,
-    best_quad,
-    lane_order,
-    lane_sum,
     load_codes,
     load_rows,
-    nearest_of_quad,
     relative_scores,
     split_dot,
     store_rows,

@@ -13,14 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from softvq.kernels import tiles
+from softvq.kernels.lanes import best_quad, lane_order, nearest_of_quad
 from softvq.kernels.primitives import (
     LOWEST,
     as_operand,
-    best_quad,
-    lane_order,
     load_codes,
     load_rows,
-    nearest_of_quad,
     split_dot,
     tile_start,
 )

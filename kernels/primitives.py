@@ -1,4 +1,4 @@
-"""Pieces that several Triton kernels share: casts, products, scores, loads, the online softmax.
+"""Pieces that several Triton kernels share: casts, products, loads, scores, distances.
 
 Triton's interpreter runs the same code on a CPU, but it truncates when it casts to bfloat16 and
 multiplies bfloat16 bit patterns as integers. `round_to` and `dot` give it the compiled meaning.
@@ -15,7 +15,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # multiplies weight and score, and 0·inf is not 0. Scaled by 2·log2(e)/T it stays finite for
 # T > 1e-7.
 PADDING_NORM = tl.constexpr(1e30)
-# Where a running maximum starts: below every score, and finite for the same reason.
+# Where a best score starts: below every other, and finite for the same reason.
 LOWEST = tl.constexpr(-1e38)
 # Float16 operands are scaled so that the largest element is at least this and less than twice it:
 # twelve bits below it a high and a low part still hold the 22 bits of both.
@@ -278,40 +278,6 @@ def relative_scores(
     return tl.fma(scores, scale, -best * scale)
 
 
-# A tile of scores lies in the threads as a matrix unit leaves it: eight lanes, and the columns
-# l, l+8, l+16 … of lane l in the same threads. What stays within a lane costs no exchange between
-# threads, so every reduction over the columns keeps one value a lane, [ROWS, 8], until the end.
-
-
-@triton.jit
-def lane_order(CODES: tl.constexpr) -> tl.tensor:
-    """The order of a tile's codes that gives four consecutive ones, a quad, to one lane. [CODES]"""
-    column = tl.arange(0, CODES)
-    return column // 32 * 32 + column % 8 * 4 + column % 32 // 8
-
-
-@triton.jit
-def lane_sum(x: tl.tensor) -> tl.tensor:
-    """Sum over the columns of each lane: [ROWS, CODES] → [ROWS, 8]."""
-    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), 1)
-
-
-@triton.jit
-def best_quad(scores: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Of scores [ROWS, CODES] in lane order: each lane's best, and the lowest block of 32 codes
-    whose quad in this lane holds it, as its first code; both [ROWS, 8].
-
-    To look for the quad only, and inside it at the very end, saves half the comparisons.
-    """
-    QUADS: tl.constexpr = scores.shape[1] // 32
-    # [ROWS, QUADS, 8]
-    quads = tl.max(tl.reshape(scores, [scores.shape[0], QUADS, 4, 8]), 2)
-    # [ROWS, 8]
-    best = tl.max(quads, 1)
-    block = 32 * tl.arange(0, QUADS)[None, :, None]
-    return best, tl.min(tl.where(quads == best[:, None, :], block, 32 * QUADS), 1)
-
-
 @triton.jit
 def squared_distances(
     z_pointer: tl.tensor,
@@ -345,40 +311,3 @@ def squared_distances(
             difference -= tl.load(mean_pointer + columns)
         distances += tl.sum(difference * difference, 1)
     return distances
-
-
-@triton.jit
-def nearest_of_quad(
-    z_pointer: tl.tensor,
-    row_stride: tl.tensor,
-    rows_left: tl.tensor,
-    best: tl.tensor,
-    block: tl.tensor,
-    high_pointer: tl.tensor,
-    low_pointer: tl.tensor | None,
-    mean_pointer: tl.tensor | None,
-    unit: tl.tensor,
-    codes: tl.tensor,
-    DIM: tl.constexpr,
-    PAD: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """Index of each row's nearest code, the lowest of a tie, and its squared distance, [ROWS].
-
-    best and block [ROWS, 8] of `best_quad` over all tiles; codes are `unit` times what is stored.
-    """
-    is_best = best == tl.max(best, 1)[:, None]
-    quad = block + 4 * tl.arange(0, 8)[None, :]
-    # A row of NaN has no best code; its index must be one that can be gathered.
-    quad = tl.min(tl.where(is_best, quad, codes - 1), 1)
-    index = quad
-    nearest = tl.full([best.shape[0]], float("inf"), tl.float32)
-    for candidate in range(4):
-        distance = squared_distances(
-            *(z_pointer, row_stride, rows_left, quad + candidate),
-            *(high_pointer, low_pointer, mean_pointer, unit, DIM, PAD),
-        )
-        # Padding is no code, however near.
-        closer = (distance < nearest) & (quad + candidate < codes)
-        index = tl.where(closer, quad + candidate, index)
-        nearest = tl.where(closer, distance, nearest)
-    return index, nearest

@@ -20,7 +20,6 @@ Kernel = Literal[
 Operands = Literal["bfloat16", "converted", "split"]
 
 CODE_MULTIPLE = 128  # codebooks are padded to a multiple of the largest tile
-MAX_DIM = 256
 
 
 class Tile(NamedTuple):
