@@ -31,13 +31,13 @@ class Tile(NamedTuple):
     stages: int = 2
 
 
-# For padded D up to 64, 128 and 256.
-Row = tuple[Tile, Tile, Tile]
+# For padded D up to 64, 128 and, where the kernel goes that far, 256.
+Row = tuple[Tile, ...]
 _TABLE: dict[tuple[Kernel, Operands], Row] = {
     ("forward", "bfloat16"): (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 64, 4)),
     ("forward", "converted"): (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 64, 4, 1)),
     ("forward", "split"): (Tile(64, 64, 4), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
-    ("row_gradients", "bfloat16"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(128, 64, 8)),
+    ("row_gradients", "bfloat16"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
     ("row_gradients", "converted"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 32, 4, 1)),
     ("row_gradients", "split"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 32, 4, 1)),
     ("row_gradients, all", "bfloat16"): (Tile(64, 64, 4), Tile(128, 64, 8), Tile(64, 32, 4)),
@@ -52,26 +52,26 @@ _TABLE: dict[tuple[Kernel, Operands], Row] = {
     ("nearest", "converted"): (Tile(128, 128, 8), Tile(128, 128, 8), Tile(128, 128, 8)),
     ("nearest", "split"): (Tile(128, 128, 8), Tile(128, 128, 8), Tile(64, 64, 4)),
 }
-# Before sm_90 both operands of a product pass through registers, which small tiles must spare, and
-# so they do on the consumer's cards after it. All of these are known by their shared memory, of
-# which the tiles need less than the 99 KB of the smallest.
+# Before sm_90 both operands of a product pass through registers, which small tiles must spare and
+# which codes of more than 128 elements do not leave; so too on the consumer's cards after it. All
+# of these are known by their shared memory, of which the smallest have 99 KB.
 _HOPPER_SHARED_MEMORY = 227 * 1024
 _SMALL: dict[tuple[Kernel, Operands], Row] = {
-    ("forward", "bfloat16"): (Tile(128, 64, 8), Tile(128, 64, 8), Tile(128, 32, 8)),
-    ("forward", "converted"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 32, 4, 1)),
-    ("forward", "split"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 32, 4, 1)),
-    ("row_gradients", "bfloat16"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 32, 4, 1)),
-    ("row_gradients", "converted"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 32, 4, 1)),
-    ("row_gradients", "split"): (Tile(128, 32, 8), Tile(128, 32, 8, 1), Tile(32, 32, 2, 1)),
-    ("row_gradients, all", "bfloat16"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 32, 4, 1)),
-    ("row_gradients, all", "converted"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 32, 4, 1)),
-    ("row_gradients, all", "split"): (Tile(128, 32, 8), Tile(128, 32, 8, 1), Tile(32, 32, 2, 1)),
-    ("code_sweep", "bfloat16"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(16, 64, 4)),
-    ("code_sweep", "converted"): (Tile(32, 128, 8), Tile(32, 128, 8), Tile(16, 64, 4, 1)),
-    ("code_sweep", "split"): (Tile(32, 128, 8), Tile(32, 128, 8, 1), Tile(16, 64, 4, 1)),
-    ("code_sweep, all", "bfloat16"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(16, 64, 4)),
-    ("code_sweep, all", "converted"): (Tile(32, 128, 8), Tile(32, 128, 8), Tile(16, 64, 4, 1)),
-    ("code_sweep, all", "split"): (Tile(32, 128, 8), Tile(32, 128, 8, 1), Tile(16, 64, 4, 1)),
+    ("forward", "bfloat16"): (Tile(128, 64, 8), Tile(128, 64, 8)),
+    ("forward", "converted"): (Tile(128, 64, 8), Tile(128, 32, 8)),
+    ("forward", "split"): (Tile(128, 64, 8), Tile(128, 32, 8)),
+    ("row_gradients", "bfloat16"): (Tile(128, 64, 8), Tile(128, 32, 8)),
+    ("row_gradients", "converted"): (Tile(128, 64, 8), Tile(128, 32, 8)),
+    ("row_gradients", "split"): (Tile(128, 32, 8), Tile(64, 32, 4, 1)),
+    ("row_gradients, all", "bfloat16"): (Tile(128, 64, 8), Tile(128, 32, 8)),
+    ("row_gradients, all", "converted"): (Tile(128, 64, 8), Tile(128, 32, 8)),
+    ("row_gradients, all", "split"): (Tile(128, 32, 8), Tile(64, 32, 4, 1)),
+    ("code_sweep", "bfloat16"): (Tile(64, 128, 8), Tile(32, 128, 8)),
+    ("code_sweep", "converted"): (Tile(32, 128, 8), Tile(32, 128, 8)),
+    ("code_sweep", "split"): (Tile(32, 128, 8), Tile(32, 128, 8, 1)),
+    ("code_sweep, all", "bfloat16"): (Tile(64, 128, 8), Tile(32, 128, 8)),
+    ("code_sweep, all", "converted"): (Tile(32, 128, 8), Tile(32, 128, 8)),
+    ("code_sweep, all", "split"): (Tile(32, 128, 8), Tile(32, 128, 8, 1)),
     ("nearest", "converted"): (Tile(128, 64, 8), Tile(128, 64, 8), Tile(64, 64, 4)),
     ("nearest", "split"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 64, 4, 1)),
 }
@@ -87,6 +87,11 @@ def shared_memory_limit(device: torch.device) -> int:
     if device.type != "cuda":
         return _HOPPER_SHARED_MEMORY
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def widest(shared_memory: int) -> int:
+    """The largest D that the soft kernels take on such a device."""
+    return 256 if shared_memory >= _HOPPER_SHARED_MEMORY else 128
 
 
 def choose(kernel: Kernel, operands: Operands, dim: int, shared_memory: int) -> Tile:

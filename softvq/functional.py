@@ -8,14 +8,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from softvq.kernels import autograd, operators, reference
+from softvq.kernels import autograd, operators, reference, tiles
 
 Estimator = Literal["soft", "straight_through"]
 Backend = Literal["auto", "triton", "streaming", "reference"]
 Precision = Literal["highest", "high", "medium"]
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_MAX_FUSED_DIM = 256  # beyond it a row's sums no longer fit one program
 _LEAST_CAPABILITY = 8  # from there on matrix units take bfloat16 and tf32
 
 
@@ -50,8 +49,8 @@ def soft_quantize(
             of the soft one.
         detach_probabilities: treat the probabilities as constants: only the codebook receives a
             gradient, Pᵀ·dq, and log_partition and entropy receive none (the original Soft VQ-VAE).
-        backend: "triton" (fused kernels for CUDA from compute capability 8.0 on; no float64, and
-            D > 256 streams), "streaming" (plain PyTorch, any device, no N×K matrix), "reference"
+        backend: "triton" (fused kernels for CUDA from compute capability 8.0 on; no float64;
+            D > 256 streams, and D > 128 on cards with less shared memory than an H100), "streaming" (plain PyTorch, any device, no N×K matrix), "reference"
             (N×K matrices, for checking), or "auto": "triton" where it can be, else "streaming".
             All differentiate z, codebook and temperature by hand-written formulas. The fused
             kernels have been checked in Triton's interpreter and compiled, but not yet run on a
@@ -213,7 +212,9 @@ def _soft_backend(z: Tensor, codebook: Tensor, backend: str) -> str:
     if torch.float64 in (z.dtype, codebook.dtype):
         obstacle = "has no float64; use 'streaming' or 'reference'"
     backend = _choose_backend(z, backend, obstacle)
-    return "streaming" if backend == "triton" and z.shape[-1] > _MAX_FUSED_DIM else backend
+    if backend == "triton" and z.shape[-1] > tiles.widest(tiles.shared_memory_limit(z.device)):
+        return "streaming"  # no registers for rows as wide as that
+    return backend
 
 
 def _choose_backend(z: Tensor, backend: str, obstacle: str | None) -> str:

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="the fused kernels are written in Triton")
 
 from bench.bounds import ALL, make
 from bench.truth import Errors, Problem, forward, gradients, matmul_in
-from softvq.kernels import fused
+from softvq.kernels import fused, tiles
 from softvq.kernels.code_sums import code_sums
 
 pytestmark = pytest.mark.gpu
@@ -34,6 +34,8 @@ ARITHMETICS = [
 
 
 def draw(heads, rows, codes, dim, z_dtype=torch.float32, codebook_dtype=torch.float32) -> Problem:
+    if dim > tiles.widest(tiles.shared_memory_limit(torch.device(DEVICE))):
+        pytest.skip("wider than the soft kernels go on this card")
     problem = make(heads, rows, codes, dim, temperature=dim / 8, device=DEVICE)
     return Problem(problem.z.to(z_dtype), problem.codebook.to(codebook_dtype), problem.temperature)
 
