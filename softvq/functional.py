@@ -50,8 +50,9 @@ def soft_quantize(
         detach_probabilities: treat the probabilities as constants: only the codebook receives a
             gradient, Pᵀ·dq, and log_partition and entropy receive none (the original Soft VQ-VAE).
         backend: "triton" (fused kernels for CUDA from compute capability 8.0 on; no float64;
-            D > 256 streams, and D > 128 on cards with less shared memory than an H100), "streaming" (plain PyTorch, any device, no N×K matrix), "reference"
-            (N×K matrices, for checking), or "auto": "triton" where it can be, else "streaming".
+            D > 256 streams, and D > 128 on cards with less shared memory than an H100),
+            "streaming" (plain PyTorch, any device, no N×K matrix), "reference" (N×K matrices, for
+            checking), or "auto": "triton" where it can be, else "streaming".
             All differentiate z, codebook and temperature by hand-written formulas. The fused
             kernels have been checked in Triton's interpreter and compiled, but not yet run on a
             GPU; `python -m pytest -m gpu` checks yours.
