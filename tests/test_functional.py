@@ -157,7 +157,10 @@ def fake_card(monkeypatch):
     """Makes empty tensors (3, D) on a CUDA device of any compute capability."""
 
     def tensor(major=9, dim=4, dtype=torch.float32):
-        card = SimpleNamespace(name="Card", major=major, minor=5)
+        shared_memory = (227 if major in (9, 10) else 99) * 1024
+        card = SimpleNamespace(
+            name="Card", major=major, minor=5, shared_memory_per_block_optin=shared_memory
+        )
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
         with FakeTensorMode():
             return torch.empty(3, dim, device="cuda", dtype=dtype)
@@ -176,6 +179,8 @@ def test_auto_is_fused_where_the_kernels_can_be_used(fake_card, monkeypatch):
     assert chosen(fake_card()) == ("triton", "triton")
     assert chosen(fake_card(dim=256)) == ("triton", "triton")
     assert chosen(fake_card(dim=257)) == ("streaming", "triton")
+    assert chosen(fake_card(major=8, dim=128)) == ("triton", "triton")
+    assert chosen(fake_card(major=8, dim=129)) == ("streaming", "triton")
     assert chosen(fake_card(dtype=torch.float64)) == ("streaming", "triton")
     assert chosen(fake_card(major=7)) == ("streaming", "streaming")
     assert chosen(torch.empty(3, 4)) == ("streaming", "streaming")
