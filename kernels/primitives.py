@@ -78,7 +78,7 @@ def add_product(
     b_low: tl.tensor,
     SPLIT: tl.constexpr,
 ) -> tl.tensor:
-    """sums·factor + (a + a_low)·(b + b_low), sums [ROWS, PAD] and factor [ROWS, 1] or a number.
+    """sums·factor + (a + a_low)·(b + b_low), sums [ROWS, PAD], factor [ROWS, 1] or [1, 1].
 
     Products stay in flight only while nothing else touches what they add to, else each waits for
     the one before: so they get sums of their own. Wide rows have no registers for those.
@@ -237,15 +237,6 @@ def as_operand(
         return high, low, scale
     high = round_to(x.to(tl.float32), DTYPE)
     return high, high, scale
-
-
-@triton.jit
-def restored(high: tl.tensor, low: tl.tensor, scale: tl.tensor, SPLIT: tl.constexpr) -> tl.tensor:
-    """The rows [ROWS, PAD] as the products see them, float32."""
-    x = high.to(tl.float32)
-    if SPLIT:
-        x += low.to(tl.float32)
-    return x * scale[:, None]
 
 
 @triton.jit

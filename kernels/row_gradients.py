@@ -68,12 +68,12 @@ def launch(
     blocks = triton.cdiv(rows, tile.rows)
     row_shift = z.new_empty((heads, rows), dtype=torch.float32)
     # One more block than there are, so that an empty batch has a sum and a maximum too.
-    block = z.new_zeros((heads, blocks + 1), dtype=torch.float32)
+    by_block = {"size": (heads, blocks + 1), "dtype": torch.float32}
     grad_z = z.new_empty(z.shape) if needs_z else None
-    grad_temperature = block.clone() if needs_temperature else None
+    grad_temperature = z.new_zeros(**by_block) if needs_temperature else None
     largest = largest_usage = None
     if prepared.scale is not None:
-        largest = block
+        largest = z.new_zeros(**by_block)
         if code_gradient is not None:
             largest_usage = code_gradient.abs().amax(1)
     strides = (0, 0) if grad_quantized is None else grad_quantized.stride()[:2]
