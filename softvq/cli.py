@@ -10,10 +10,12 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import softvq
 from softvq.data import DataError
-from softvq.training.commands import SPLITS, decode, encode, evaluate_run, reconstruct
-from softvq.training.config import ConfigError, TrainConfig, read_config, value_types
+from softvq.training.codes import SPLITS
+from softvq.training.commands import decode, encode, evaluate_run, reconstruct, sample
+from softvq.training.config import MODELS, TrainConfig, read_config
 from softvq.training.report import write_report
 from softvq.training.run_folder import RunError, RunFolder
+from softvq.training.settings import ConfigError, describe_default, value_types
 from softvq.training.trainer import TrainingError, train
 
 
@@ -91,6 +93,16 @@ def build_parser() -> argparse.ArgumentParser:
     decoding.add_argument("codes", type=Path, help="codes.npz of `softvq encode`")
     decoding.add_argument("--split", choices=SPLITS, default="test", help="default: test")
     decoding.add_argument("-o", "--out", type=Path, required=True, help="folder for the pictures")
+    sampling = add("sample", "draw images that are in no data set", sample_command)
+    sampling.add_argument("run", type=Path)
+    sampling.add_argument("--prior", type=Path, help="run of a pixelcnn, for a model with codes")
+    sampling.add_argument("--count", type=int, default=64, help="images; default: 64")
+    sampling.add_argument("--class", dest="class_name", help="default: all classes alike")
+    sampling.add_argument(
+        "--temperature", type=float, default=1.0, help="of the prior's choices; default: 1.0"
+    )
+    sampling.add_argument("--seed", type=int, default=0, help="default: 0")
+    sampling.add_argument("-o", "--out", type=Path, required=True, help="samples.png")
     report = add("report", "rebuild a run's report.html", report_command)
     report.add_argument("run", type=Path)
     return parser
@@ -98,20 +110,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def data_names() -> tuple[str, ...]:
     """The data sets there are."""
-    return get_args(value_types()["data"])
+    return get_args(value_types(TrainConfig)["data"])
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """One option for each setting of TrainConfig, grouped as it groups them."""
     groups: dict[str, Any] = {}
-    kinds = value_types()
+    kinds = value_types(TrainConfig)
     for item in dataclasses.fields(TrainConfig):
         name = item.metadata["group"]
         group = groups.setdefault(name, None) or parser.add_argument_group(name)
         groups[name] = group
-        text = item.metadata["help"].replace("%", "%%")
-        if item.default is not None:
-            text += f"; default: {item.default}"
+        text = (item.metadata["help"] + describe_default(item, MODELS)).replace("%", "%%")
         kind = kinds[item.name]
         literal = get_origin(kind) is Literal
         group.add_argument(
@@ -125,7 +135,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 def train_command(options: argparse.Namespace) -> int:
     """softvq train: 0 when finished, 130 when stopped by a signal."""
-    given = {name: value for name, value in vars(options).items() if name in value_types()}
+    given = {
+        name: value for name, value in vars(options).items() if name in value_types(TrainConfig)
+    }
     if options.config:
         given = read_config(options.config) | given
     out = options.out
@@ -143,7 +155,7 @@ def train_command(options: argparse.Namespace) -> int:
         config = dataclasses.replace(config, device=given.get("device", config.device))
     else:
         config = TrainConfig(**given)
-        out = out or Path("runs") / f"{config.data}-{config.model}"
+        out = out or Path("runs") / f"{config.data or config.tokenizer.name}-{config.model}"
     finished = train(
         config, out, resume=options.resume, overwrite=options.overwrite, quiet=options.quiet
     )
@@ -173,6 +185,22 @@ def encode_command(options: argparse.Namespace) -> int:
 def decode_command(options: argparse.Namespace) -> int:
     """softvq decode."""
     print(decode(RunFolder(options.run), options.codes, options.split, options.out))
+    return 0
+
+
+def sample_command(options: argparse.Namespace) -> int:
+    """softvq sample."""
+    prior = None if options.prior is None else RunFolder(options.prior)
+    path = sample(
+        RunFolder(options.run),
+        prior,
+        options.count,
+        options.class_name,
+        temperature=options.temperature,
+        seed=options.seed,
+        out=options.out,
+    )
+    print(path)
     return 0
 
 

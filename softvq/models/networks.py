@@ -1,16 +1,41 @@
 """Encoders and decoders for images of any size and channel count.
 
 An encoder maps images (B, C, H, W) to features (B, h, w, features), a decoder maps latents
-(B, h, w, D) to images (B, C, H, W) in [0, 1]. Latents keep their channels last: a row is a vector.
+(B, h, w, D) to maps (B, C, H, W) of any value. Latents keep their channels last: a row is a vector.
 """
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from torch import Tensor, nn
 
 Shape = tuple[int, int, int]  # channels, height, width
 Grid = tuple[int, int]  # height, width
+Architecture = Literal["conv", "dense"]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Which encoders and decoders a model has, and how large they are."""
+
+    architecture: Architecture = "conv"
+    hidden: tuple[int, ...] = (256, 64)  # layer sizes of the dense networks
+    width: int = 32  # channels of the first conv layer
+    residual_blocks: int = 1  # of the conv networks, at the latent grid
+
+    def encoder(self, image_shape: Shape, latent_grid: Grid, features: int) -> nn.Module:
+        """From images (B, C, H, W) to features (B, h, w, features)."""
+        if self.architecture == "dense":
+            return DenseEncoder(image_shape, latent_grid, features, self.hidden)
+        return ConvEncoder(image_shape, latent_grid, features, self.width, self.residual_blocks)
+
+    def decoder(self, image_shape: Shape, latent_grid: Grid, latent_dim: int) -> nn.Module:
+        """From latents (B, h, w, latent_dim) to maps (B, C, H, W)."""
+        if self.architecture == "dense":
+            return DenseDecoder(image_shape, latent_grid, latent_dim, self.hidden)
+        return ConvDecoder(image_shape, latent_grid, latent_dim, self.width, self.residual_blocks)
 
 
 class DenseEncoder(nn.Module):
@@ -46,7 +71,7 @@ class DenseDecoder(nn.Module):
         self.shape = image_shape
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.layers(latents).sigmoid().unflatten(1, self.shape)
+        return self.layers(latents).unflatten(1, self.shape)
 
 
 def dense_layers(sizes: tuple[int, ...]) -> list[nn.Module]:
@@ -127,7 +152,7 @@ class ConvDecoder(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.layers(latents.permute(0, 3, 1, 2)).sigmoid()
+        return self.layers(latents.permute(0, 3, 1, 2))
 
 
 def halved(size: Grid) -> Grid:

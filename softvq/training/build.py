@@ -1,14 +1,30 @@
 """From a configuration to a model and its data."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
 from softvq.data import DataSplits, load_data
-from softvq.models import SoftVQVAE
-from softvq.models.soft_vqvae import LossWeights
-from softvq.quantizers import SoftVQ
-from softvq.training.config import ConfigError, TrainConfig, size_pair
+from softvq.models import (
+    VQVAE,
+    VQVAE2,
+    Autoencoder,
+    CodeLevel,
+    CodePrior,
+    ImageModel,
+    LossWeights,
+    Networks,
+    SoftVQVAE,
+)
+from softvq.models.networks import halved
+from softvq.quantizers import EMAVQ, VQ, GumbelVQ, Quantizer, SoftVQ
+from softvq.training.config import CONTINUOUS, PRIOR, TrainConfig, size_pair
+from softvq.training.settings import ConfigError
 
 
 def build_data(config: TrainConfig) -> DataSplits:
-    """The splits the configuration names. Raises DataError."""
+    """The splits of images the configuration names. Raises DataError."""
     return load_data(
         config.data,
         config.data_dir,
@@ -18,37 +34,98 @@ def build_data(config: TrainConfig) -> DataSplits:
     )
 
 
-def build_model(config: TrainConfig, image_shape: tuple[int, int, int]) -> SoftVQVAE:
-    """An untrained model, on the CPU. `config` must be resolved. Raises ConfigError."""
-    learned = config.temperature_schedule == "learned"
-    quantizer = SoftVQ(
-        config.latent_dim,
-        config.codebook_size,
-        temperature=1.0 if config.temperature == "auto" else float(config.temperature),
-        learn_temperature=learned,
-        estimator=config.estimator,
-        codebook_loss=config.codebook_loss,
-        commitment_weight=config.commitment_weight,
+def build_model(config: TrainConfig, shape: Mapping[str, Any]) -> nn.Module:
+    """An untrained model, on the CPU. `config` must be resolved. Raises ConfigError.
+
+    shape: what the data make of it, as the two builders below need it.
+    """
+    return build_prior(config, shape) if config.model in PRIOR else build_image_model(config, shape)
+
+
+def build_prior(config: TrainConfig, shape: Mapping[str, Any]) -> CodePrior:
+    """An untrained prior. shape: levels, name → ((h, w), K), and classes."""
+    return CodePrior(
+        {name: CodeLevel(tuple(grid), size) for name, (grid, size) in shape["levels"].items()},
+        classes=shape["classes"],
+        width=config.width,
+        layers=config.layers,
+        dropout=config.dropout,
     )
-    weights = LossWeights(
-        reconstruction=config.reconstruction_weight,
-        quantizing=config.quantizing_weight,
-        kl=config.kl_weight,
-        reconstruction_quantizing=config.reconstruction_quantizing_weight,
-    )
+
+
+def build_image_model(config: TrainConfig, shape: Mapping[str, Any]) -> ImageModel:
+    """An untrained model of images. shape: image_shape (C, H, W), and classes."""
+    image_shape = tuple(shape["image_shape"])
+    grid = size_pair(config.latent_grid)
+    common = {
+        "networks": Networks(
+            config.architecture, config.hidden_sizes, config.width, config.residual_blocks
+        ),
+        "weights": LossWeights(
+            reconstruction=config.reconstruction_weight,
+            quantizing=config.quantizing_weight or 0.0,
+            kl=config.kl_weight or 0.0,
+            reconstruction_quantizing=config.reconstruction_quantizing_weight or 0.0,
+        ),
+        "reconstruction_loss": config.reconstruction_loss,
+    }
     try:
-        return SoftVQVAE(
-            image_shape,
-            size_pair(config.latent_grid),
-            quantizer,
-            architecture=config.architecture,
-            decoder_input=config.decoder_input,
-            weights=weights,
-            reconstruction_loss=config.reconstruction_loss,
-            quantized_codes=config.quantized_codes,
-            hidden=config.hidden_sizes,
-            width=config.width,
-            residual_blocks=config.residual_blocks,
-        )
+        if config.model in CONTINUOUS:
+            labels = shape["classes"] if config.model == "cvae" else 0
+            return Autoencoder(image_shape, grid, config.latent_dim, classes=labels, **common)
+        quantizer = build_quantizer(config, grid)
+        if isinstance(quantizer, SoftVQ):
+            return SoftVQVAE(
+                image_shape,
+                grid,
+                quantizer,
+                decoder_input=config.decoder_input,
+                quantized_codes=config.quantized_codes,
+                **common,
+            )
+        if config.model == "vqvae2":
+            top = build_quantizer(config, halved(grid))
+            return VQVAE2(image_shape, grid, top, quantizer, **common)
+        return VQVAE(image_shape, grid, quantizer, **common)
     except ValueError as error:
         raise ConfigError(f"latent_grid: {error}") from error
+
+
+def build_quantizer(config: TrainConfig, grid: tuple[int, int]) -> Quantizer:
+    """The quantizer of one grid (h, w) of codes."""
+    sizes = {"dim": config.latent_dim, "codebook_size": config.codebook_size}
+    entropy = {"entropy_weight": config.entropy_weight}
+    match config.model:
+        case "soft-vqvae":
+            return SoftVQ(
+                **sizes,
+                **entropy,
+                temperature=1.0 if config.temperature == "auto" else float(config.temperature),
+                learn_temperature=config.temperature_schedule == "learned",
+                estimator=config.estimator,
+                codebook_loss=config.codebook_loss,
+                commitment_weight=config.commitment_weight,
+            )
+        case "vqvae-gumbel":
+            return GumbelVQ(
+                **sizes,
+                **entropy,
+                temperature=float(config.temperature),
+                straight_through=config.estimator == "straight_through",
+            )
+        case "vqvae":
+            return VQ(
+                **sizes,
+                **entropy,
+                commitment_weight=config.commitment_weight,
+                kmeans_init=config.codebook_start == "kmeans",
+            )
+    latents = config.batch_size * grid[0] * grid[1]
+    return EMAVQ(
+        **sizes,
+        **entropy,
+        commitment_weight=config.commitment_weight,
+        decay=config.decay,
+        threshold_ema_dead_code=config.dead_code_threshold * latents / config.codebook_size,
+        kmeans_init=config.codebook_start == "kmeans",
+    )

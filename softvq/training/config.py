@@ -1,87 +1,164 @@
 """One dataclass holds every setting; the command line, config.toml and the model follow it."""
 
 import dataclasses
-import difflib
 import math
 import re
-import tomllib
-import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args
 
 import tomli_w
 import torch
 
 from softvq.data import DATASETS
 from softvq.functional import Estimator
-from softvq.models.soft_vqvae import Architecture, Codes, DecoderInput
+from softvq.models.networks import Architecture
+from softvq.models.soft_vqvae import Codes, DecoderInput
 from softvq.quantizers.soft import CodebookLoss
 from softvq.schedules import Schedule
+from softvq.training.settings import (
+    ConfigError,
+    check,
+    check_type,
+    each,
+    fill_defaults,
+    read_toml,
+    setting,
+    value_types,
+)
 
 EPOCHS, MIN_STEPS = 15, 1500  # of a run that is not told how long to be
 
-
-class ConfigError(ValueError):
-    """A setting that is not allowed; its one line names it, its value and what is allowed."""
-
-
-def setting(default: Any, group: str, help: str) -> Any:
-    """A field of TrainConfig, with what the command line says about it."""
-    return field(default=default, metadata={"group": group, "help": help})
+Model = Literal[
+    "soft-vqvae",
+    "vqvae",
+    "vqvae-ema",
+    "vqvae-gumbel",
+    "vqvae2",
+    "ae",
+    "vae",
+    "cvae",
+    "pixelcnn",
+]
+SOFT, GUMBEL, EMA = ("soft-vqvae",), ("vqvae-gumbel",), ("vqvae-ema", "vqvae2")
+QUANTISED = (*SOFT, "vqvae", "vqvae-ema", *GUMBEL, "vqvae2")
+CONTINUOUS = ("ae", "vae", "cvae")
+IMAGES = (*QUANTISED, *CONTINUOUS)
+PRIOR = ("pixelcnn",)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a training run. Optional values left at None are chosen from the data."""
+    """Settings of a training run. Optional values left at None are chosen from model and data."""
 
-    model: Literal["soft-vqvae"] = setting("soft-vqvae", "model", "which model to train")
-    architecture: Architecture = setting("conv", "model", "convolutional or dense networks")
-    latent_dim: int = setting(16, "model", "features D of a latent vector and of a code")
+    model: Model = setting("soft-vqvae", "model", "which model to train")
+    architecture: Architecture | None = setting(
+        each(IMAGES, "conv"), "model", "convolutional or dense networks"
+    )
+    latent_dim: int | None = setting(
+        each(IMAGES, 16), "model", "features D of a latent vector and of a code"
+    )
     latent_grid: str | None = setting(
-        None,
+        each(IMAGES, None),
         "model",
         "latent vectors per image, as 7 or 7x5; default: a quarter of the image, "
-        "1 for dense networks",
+        "1 for dense networks and for models without codes",
     )
-    codebook_size: int = setting(128, "model", "number of codes K")
-    decoder_input: DecoderInput = setting(
-        "latent", "model", "the decoder reads z, the quantizer beside it, or reads q"
+    codebook_size: int | None = setting(each(QUANTISED, 128), "model", "number of codes K")
+    decoder_input: DecoderInput | None = setting(
+        each(SOFT, "latent"), "model", "the decoder reads z, the quantizer beside it, or reads q"
     )
-    width: int = setting(32, "model", "channels of the first conv layer; doubles at each halving")
-    residual_blocks: int = setting(1, "model", "residual blocks at the latent grid")
-    hidden: str = setting("256,64", "model", "sizes of the dense hidden layers")
+    width: int | None = setting(
+        each(IMAGES, 32, pixelcnn=64),
+        "model",
+        "channels of the first conv layer, doubled at each halving; of every layer of a pixelcnn",
+    )
+    residual_blocks: int | None = setting(
+        each(IMAGES, 1), "model", "residual blocks at the latent grid"
+    )
+    hidden: str | None = setting(
+        each(IMAGES, "256,64"), "model", "sizes of the dense hidden layers"
+    )
+    layers: int | None = setting(each(PRIOR, 8), "model", "gated layers")
+    dropout: float | None = setting(each(PRIOR, 0.1), "model", "dropout in the layers")
 
-    data: Literal[DATASETS] = setting("digits", "data", "which images")
-    data_dir: Path | None = setting(None, "data", "where they are, or go; default: ./data")
-    image_size: str | None = setting(None, "data", "resize and crop all images, as 64 or 64x48")
-    validation_fraction: float = setting(0.1, "data", "share of the training images held out")
-
-    codebook_loss: CodebookLoss = setting("free_energy", "losses", "what trains the codes")
-    estimator: Estimator = setting("soft", "losses", "value of q: soft, or the nearest code")
-    reconstruction_loss: Literal["squared", "absolute"] = setting(
-        "squared", "losses", "difference that is trained; metrics are always squared"
+    data: Literal[DATASETS] | None = setting(each(IMAGES, "digits"), "data", "which images")
+    data_dir: Path | None = setting(
+        each(IMAGES, None), "data", "where they are, or go; default: ./data"
     )
-    reconstruction_weight: float = setting(1e4, "losses", "weight of ‖X−X̂‖² (a mean)")
-    quantizing_weight: float = setting(1.0, "losses", "weight of the codebook loss")
-    kl_weight: float = setting(1.0, "losses", "weight of the KL; 0: a deterministic encoder")
-    reconstruction_quantizing_weight: float = setting(
-        1.0, "losses", "weight of ‖X−Decoder(sg[codes])‖², times the reconstruction's"
+    image_size: str | None = setting(
+        each(IMAGES, None), "data", "resize and crop all images, as 64 or 64x48"
     )
-    quantized_codes: Codes = setting("nearest", "losses", "the codes that loss decodes")
-    commitment_weight: float = setting(
-        0.0, "losses", "share of the codebook loss's gradient that reaches the latents"
+    validation_fraction: float | None = setting(
+        each(IMAGES, 0.1), "data", "share of the training images held out"
     )
-    dead_code_threshold: float = setting(
-        0.01, "losses", "restart codes under this part of an even share of the latents; 0: never"
+    tokenizer: Path | None = setting(
+        each(PRIOR, None), "data", "run folder of the model whose codes to learn"
     )
 
-    temperature: str = setting(
-        "auto", "temperature", "where T starts: a number, or auto: just under the critical one"
+    codebook_loss: CodebookLoss | None = setting(
+        each(SOFT, "free_energy"), "losses", "what trains the codes"
     )
-    temperature_schedule: Schedule = setting("exponential", "temperature", "how T falls")
-    temperature_ratio: str = setting(
-        "auto",
+    estimator: Estimator | None = setting(
+        each(SOFT, "soft", vqvae_gumbel="straight_through"),
+        "losses",
+        "value of q while training: soft, or one code",
+    )
+    reconstruction_loss: Literal["squared", "absolute"] | None = setting(
+        each(IMAGES, "squared"),
+        "losses",
+        "difference that is trained; metrics are always squared",
+    )
+    reconstruction_weight: float | None = setting(
+        each(QUANTISED, 10.0, soft_vqvae=1e4, ae=1.0, vae=1e4, cvae=1e4),
+        "losses",
+        "weight of ‖X−X̂‖² (a mean)",
+    )
+    quantizing_weight: float | None = setting(
+        each(QUANTISED, 1.0), "losses", "weight of the codebook loss"
+    )
+    kl_weight: float | None = setting(
+        each(SOFT, 1.0, vae=1.0, cvae=1.0),
+        "losses",
+        "weight of the KL; 0: a deterministic encoder",
+    )
+    reconstruction_quantizing_weight: float | None = setting(
+        each(SOFT, 1.0), "losses", "weight of ‖X−Decoder(sg[codes])‖², times the reconstruction's"
+    )
+    quantized_codes: Codes | None = setting(
+        each(SOFT, "nearest"), "losses", "the codes that loss decodes"
+    )
+    commitment_weight: float | None = setting(
+        each(SOFT, 0.0, vqvae=0.25, vqvae_ema=0.25, vqvae2=0.25),
+        "losses",
+        "weight of ‖z−sg[code]‖²; for soft-vqvae the share of the codebook loss's gradient "
+        "that reaches the latents",
+    )
+    entropy_weight: float | None = setting(
+        each(QUANTISED, 0.0),
+        "losses",
+        "weight of the entropy of each assignment less that of their mean",
+    )
+    codebook_start: Literal["random", "kmeans"] | None = setting(
+        each(("vqvae", *EMA), "kmeans"), "losses", "where the codes begin"
+    )
+    decay: float | None = setting(each(EMA, 0.99), "losses", "of the codes' running sums")
+    dead_code_threshold: float | None = setting(
+        each((*SOFT, *EMA), 0.01),
+        "losses",
+        "restart codes under this part of an even share of the latents; 0: never",
+    )
+
+    temperature: str | None = setting(
+        each(SOFT, "auto", vqvae_gumbel="1"),
+        "temperature",
+        "where T starts: a number, or auto: just under the critical one",
+    )
+    temperature_schedule: Schedule | None = setting(
+        each((*SOFT, *GUMBEL), "exponential"), "temperature", "how T falls"
+    )
+    temperature_ratio: str | None = setting(
+        each(SOFT, "auto", vqvae_gumbel="0.1"),
         "temperature",
         "T at the end over T at the start, or auto: ends where T/2 is the codes' own error",
     )
@@ -91,7 +168,11 @@ class TrainConfig:
     )
     batch_size: int = setting(256, "optimisation", "images per step")
     lr: float = setting(2e-3, "optimisation", "peak learning rate of AdamW; cosine decay")
-    codebook_lr_factor: float = setting(30.0, "optimisation", "learning rate of the codes over lr")
+    codebook_lr_factor: float | None = setting(
+        each(SOFT, 30.0, vqvae=1.0, vqvae_gumbel=1.0),
+        "optimisation",
+        "learning rate of the codes over lr",
+    )
     weight_decay: float = setting(0.0, "optimisation", "of the networks; codes have none")
     seed: int = setting(0, "optimisation", "of everything random, the validation split included")
 
@@ -104,37 +185,38 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, kind in value_types().items():
+        for name, kind in value_types(TrainConfig).items():
             value = getattr(self, name)
             if value is not None:
-                _check_type(name, value, kind)
-        for name in ("latent_dim", "codebook_size", "width", "steps"):
-            _check(name, getattr(self, name), lambda v: v >= 1, "at least 1")
-        for name in ("evaluate_every", "checkpoint_every"):
-            _check(name, getattr(self, name), lambda v: v >= 1, "at least 1")
-        _check("batch_size", self.batch_size, lambda v: v >= 2, "at least 2, for the batch norms")
-        _check("seed", self.seed, lambda v: 0 <= v < 2**32, "from 0 to 2^32 − 1")
-        _check("residual_blocks", self.residual_blocks, lambda v: v >= 0, "at least 0")
-        for name in ("reconstruction_weight", "lr", "codebook_lr_factor"):
-            _check(name, getattr(self, name), lambda v: 0 < v < math.inf, "a number above 0")
-        for name in (
-            *("quantizing_weight", "kl_weight", "reconstruction_quantizing_weight"),
-            *("commitment_weight", "weight_decay", "dead_code_threshold"),
-        ):
-            _check(name, getattr(self, name), lambda v: 0 <= v < math.inf, "a number from 0 up")
-        _check(
-            "validation_fraction", self.validation_fraction, lambda v: 0 < v < 1, "between 0 and 1"
+                check_type(name, value, kind)
+        fill_defaults(self)
+        counts = "latent_dim codebook_size width layers steps evaluate_every checkpoint_every"
+        check(self, counts, lambda v: v >= 1, "at least 1")
+        check(self, "batch_size", lambda v: v >= 2, "at least 2, for the batch norms")
+        check(self, "seed", lambda v: 0 <= v < 2**32, "from 0 to 2^32 − 1")
+        check(self, "residual_blocks", lambda v: v >= 0, "at least 0")
+        positive = "reconstruction_weight lr codebook_lr_factor"
+        check(self, positive, lambda v: 0 < v < math.inf, "a number above 0")
+        from_zero = (
+            "quantizing_weight kl_weight reconstruction_quantizing_weight commitment_weight "
+            "entropy_weight weight_decay dead_code_threshold"
         )
-        _check("temperature_ratio", self.temperature_ratio, _is_ratio, "auto or a number in (0, 1]")
-        _check("temperature", self.temperature, _is_temperature, "auto or a number above 0")
-        for name in ("latent_grid", "image_size"):
-            _check(name, getattr(self, name), _is_size, "a size such as 7 or 7x5")
-        _check(
-            "hidden", self.hidden, re.compile(r"[1-9]\d*(,[1-9]\d*)*").fullmatch, "such as 256,64"
-        )
+        check(self, from_zero, lambda v: 0 <= v < math.inf, "a number from 0 up")
+        check(self, "validation_fraction", lambda v: 0 < v < 1, "between 0 and 1")
+        check(self, "decay dropout", lambda v: 0 <= v < 1, "a number in [0, 1)")
+        check(self, "temperature_ratio", _is_ratio, "auto or a number in (0, 1]")
+        check(self, "temperature", _is_temperature, "auto or a number above 0")
+        check(self, "latent_grid image_size", _is_size, "a size such as 7 or 7x5")
+        check(self, "hidden", re.compile(r"[1-9]\d*(,[1-9]\d*)*").fullmatch, "such as 256,64")
         self._check_combinations()
 
     def _check_combinations(self) -> None:
+        if self.model in PRIOR and self.tokenizer is None:
+            raise ConfigError(
+                "tokenizer: a pixelcnn learns the codes of a trained model; give its run folder"
+            )
+        if self.model in CONTINUOUS and self.model != "ae" and self.kl_weight == 0:
+            raise ConfigError(f"kl_weight: 0 makes the {self.model} an autoencoder; use model ae")
         if self.temperature_schedule == "constant" and self.temperature == "auto":
             raise ConfigError(
                 "temperature: auto starts just under the critical temperature and has to fall; "
@@ -144,6 +226,11 @@ class TrainConfig:
             raise ConfigError(
                 f"temperature_schedule: learned needs codebook_loss = likelihood, whose log T term "
                 f"keeps T finite; under {self.codebook_loss} it would grow without end"
+            )
+        if self.model in GUMBEL and "auto" in (self.temperature, self.temperature_ratio):
+            raise ConfigError(
+                f"temperature: auto does not apply to model {self.model}; give numbers for "
+                "temperature and temperature_ratio"
             )
         if self.decoder_input == "quantized" and self.codebook_loss == "detached_quantizing_error":
             raise ConfigError(
@@ -161,16 +248,25 @@ class TrainConfig:
         """ "256,64" → (256, 64)."""
         return tuple(int(size) for size in self.hidden.split(","))
 
-    def resolved(self, image_shape: tuple[int, int, int], train_images: int) -> "TrainConfig":
-        """Fill what was left to the data: grid, steps, cadences, device. Nothing stays open."""
-        _, height, width = image_shape
-        quarter = f"{max(height // 4, 1)}x{max(width // 4, 1)}"
-        steps = self.steps or max(MIN_STEPS, EPOCHS * train_images // self.batch_size)
+    def resolved(
+        self, examples: int, image_shape: tuple[int, int, int] | None = None
+    ) -> "TrainConfig":
+        """Fill what was left to the data: grid, steps, cadences. Nothing stays open.
+
+        examples: in the training split. image_shape: of them, where they are images.
+        """
+        steps = self.steps or max(MIN_STEPS, EPOCHS * examples // self.batch_size)
         every = self.evaluate_every or max(1, steps // 20)
+        grid = self.latent_grid
+        if image_shape is not None and grid is None:
+            one = self.architecture == "dense" or self.model in CONTINUOUS
+            _, height, width = image_shape
+            grid = "1x1" if one else f"{max(height // 4, 1)}x{max(width // 4, 1)}"
         return dataclasses.replace(
             self,
-            latent_grid=self.latent_grid or ("1x1" if self.architecture == "dense" else quarter),
+            latent_grid=grid,
             data_dir=None if self.data_dir is None else self.data_dir.absolute(),
+            tokenizer=None if self.tokenizer is None else self.tokenizer.absolute(),
             steps=steps,
             evaluate_every=every,
             checkpoint_every=self.checkpoint_every or every,
@@ -188,6 +284,9 @@ class TrainConfig:
         )
 
 
+MODELS: tuple[str, ...] = get_args(Model)
+
+
 def torch_device(name: str = "auto") -> torch.device:
     """The device of a name; "auto" is a GPU when there is one. Raises ConfigError."""
     if name == "cuda" and not torch.cuda.is_available():
@@ -198,61 +297,14 @@ def torch_device(name: str = "auto") -> torch.device:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Settings of a TOML file, checked against the known names.
-
-    Raises ConfigError for a missing or malformed file and for an unknown key.
-    """
-    try:
-        values = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the configuration ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML ({error})") from error
-    for name, value in values.items():
-        kind = value_types().get(name)
-        if kind is None:
-            raise ConfigError(f"{path}: unknown setting {name!r}{nearest_hint(name)}")
-        if kind is Path and isinstance(value, str):
-            values[name] = Path(value)
-        if kind is str and type(value) in (int, float):
-            values[name] = str(value)  # latent_grid = 7, temperature = 0.5
-    return values
-
-
-def nearest_hint(name: str) -> str:
-    """ ", did you mean …?" for a misspelt setting, or nothing."""
-    close = difflib.get_close_matches(name, value_types(), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
-def value_types() -> dict[str, Any]:
-    """The type of each setting without its None: a class or a Literal."""
-    hints = get_type_hints(TrainConfig)
-    return {
-        name: next(a for a in get_args(hint) if a is not type(None))
-        if get_origin(hint) is types.UnionType
-        else hint
-        for name, hint in hints.items()
-    }
+    """Settings of a TOML file. Raises ConfigError for a bad file and for an unknown key."""
+    return read_toml(path, TrainConfig)
 
 
 def size_pair(text: str) -> tuple[int, int]:
     """ "7" → (7, 7), "7x5" → (7, 5)."""
     height, _, width = text.partition("x")
     return int(height), int(width or height)
-
-
-def _check_type(name: str, value: Any, kind: Any) -> None:
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise ConfigError(f"{name}: {value!r} is not one of {', '.join(get_args(kind))}")
-    elif not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
-        raise ConfigError(f"{name}: {value!r} is not a {kind.__name__}")
-
-
-def _check(name: str, value: Any, allowed: Any, text: str) -> None:
-    if value is not None and not allowed(value):
-        raise ConfigError(f"{name}: {value} is not allowed; it must be {text}")
 
 
 def _is_size(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""Metrics of a model over a whole split."""
+"""Metrics of a model of images over a whole split."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from softvq import losses, metrics
 from softvq.data import ImageSet
-from softvq.models import SoftVQVAE
+from softvq.models import ImageModel, level_suffix
 
 BATCH = 1000
 
@@ -17,7 +17,7 @@ class SplitMetrics:
     """What `evaluate` counted over a split."""
 
     values: dict[str, float]  # by the names of the run folder's metrics
-    counts: Tensor  # (K,) int64: how often each code was the nearest one
+    counts: dict[str, Tensor]  # (K,) int64 by level: how often each code was the nearest one
 
 
 def to_pixels(images: Tensor, device: torch.device) -> Tensor:
@@ -25,42 +25,36 @@ def to_pixels(images: Tensor, device: torch.device) -> Tensor:
     return images.to(device, non_blocking=True).float().div_(255)
 
 
-def evaluate(model: SoftVQVAE, data: ImageSet, device: torch.device) -> SplitMetrics:
+def evaluate(model: ImageModel, data: ImageSet, device: torch.device) -> SplitMetrics:
     """Every metric over the whole split. The model keeps the mode it was in."""
     was_training = model.training
     model.eval()
-    codes = model.quantizer.codebook_size
-    counts = torch.zeros(codes, dtype=torch.int64, device=device)
+    counts = {
+        level: torch.zeros(quantizer.codebook_size, dtype=torch.int64, device=device)
+        for level, quantizer in model.quantizers.items()
+    }
     means = metrics.Mean()
-    for batch in data.images.split(BATCH):
+    for batch, labels in zip(data.images.split(BATCH), data.labels.split(BATCH), strict=True):
         images = to_pixels(batch, device)
-        seen = model.evaluate(images)
-        counts += torch.bincount(seen.indices.flatten(), minlength=codes)
-        errors = {
-            "reconstruction_error": seen.reconstruction,
-            "reconstruction_quantizing_error": seen.soft_reconstruction,
-            "reconstruction_hard_error": seen.nearest_reconstruction,
+        seen = model.evaluate(images, labels.to(device))
+        for level, indices in seen.indices.items():
+            counts[level] += torch.bincount(indices.flatten(), minlength=len(counts[level]))
+        values = seen.values | {
+            name: losses.reconstruction_error(output, images)
+            for name, output in seen.outputs.items()
         }
-        values = {
-            name: losses.reconstruction_error(output, images) for name, output in errors.items()
-        }
-        values["l1_hard"] = 2 * losses.reconstruction_error(
-            seen.nearest_reconstruction, images, "absolute"
-        )
-        values["quantizing_error"] = seen.quantizing_error
-        values["max_probability"] = seen.max_probability
-        values["kl"] = seen.kl
+        hard = seen.outputs.get("reconstruction_hard_error")
+        if hard is not None:
+            values["l1_hard"] = 2 * losses.reconstruction_error(hard, images, "absolute")
         means.add(values, len(images))
     model.train(was_training)
 
     values = means.read()
-    return SplitMetrics(
-        values
-        | {
-            "codebook_usage": metrics.codebook_usage(counts),
-            "perplexity": metrics.perplexity(counts),
-            "psnr": metrics.psnr(values["reconstruction_error"]),
-            "psnr_hard": metrics.psnr(values["reconstruction_hard_error"]),
-        },
-        counts.cpu(),
-    )
+    values["psnr"] = metrics.psnr(values["reconstruction_error"])
+    if "reconstruction_hard_error" in values:
+        values["psnr_hard"] = metrics.psnr(values["reconstruction_hard_error"])
+    for level, count in counts.items():
+        suffix = level_suffix(level)
+        values[f"codebook_usage{suffix}"] = metrics.codebook_usage(count)
+        values[f"perplexity{suffix}"] = metrics.perplexity(count)
+    return SplitMetrics(values, {level: count.cpu() for level, count in counts.items()})

@@ -6,33 +6,23 @@ import platform
 import torch
 
 import softvq
-from softvq.data import DataSplits
 from softvq.training.checkpoint import Progress
-from softvq.training.commands import PER_PAGE, reconstruction_rows
 from softvq.training.config import TrainConfig
-from softvq.training.evaluation import SplitMetrics, evaluate, to_pixels
 from softvq.training.files import write_text
-from softvq.training.pictures import save_codebook_usage, save_reconstructions
 from softvq.training.report import write_report
 from softvq.training.run_folder import RunFolder
+from softvq.training.task import Task
 
 
 def finish(
-    config: TrainConfig,
-    run: RunFolder,
-    data: DataSplits,
-    progress: Progress,
-    device: torch.device,
-) -> SplitMetrics:
+    config: TrainConfig, run: RunFolder, task: Task, progress: Progress, device: torch.device
+) -> dict[str, float]:
     """Judge the best weights on the test split and leave everything the run folder promises."""
     model = run.load_model(device)
-    test = evaluate(model, data.test, device)
-    run.append_metrics(progress.step, "test", test.values)
-    save_codebook_usage(run.usage, test.counts)
-    images = to_pixels(data.test.images[:PER_PAGE], device)
-    save_reconstructions(run.reconstructions, reconstruction_rows(model, images))
+    test = task.finish(model, run)
+    run.append_metrics(progress.step, "test", test)
     summary = {
-        "test": test.values,
+        "test": test,
         "images_per_second": progress.images_per_second,
         "seconds": progress.seconds,
         "device": device_name(device),

@@ -1,6 +1,6 @@
-"""The two pictures of a run: reconstructions, and how often each code is used."""
+"""The pictures of a run: rows of images, and how often each code is used."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,22 +16,22 @@ FONT_SIZE, MARGIN, GAP = 14, 10, 4  # pixels
 INK, FILL, EVEN = "#1f2933", "#3b6fb6", "#c2561a"
 
 
-def save_reconstructions(path: Path, rows: Mapping[str, Tensor], *, image_size: int = 64) -> None:
-    """Write one PNG with a row of images per entry, its name at the left.
+def save_rows(path: Path, rows: Sequence[tuple[str, Tensor]], *, image_size: int = 64) -> None:
+    """Write one PNG with a row of images per entry, its label at the left.
 
-    rows: name -> (n, C, H, W) floats in [0, 1], clamped; of C channels the first, or first three.
+    rows: label and (n, C, H, W) floats in [0, 1], clamped; of C channels the first, or first three.
     image_size: small images are enlarged by the whole factor that brings their longer side
     nearest to so many pixels; large ones stay as they are.
     """
     font = ImageFont.load_default(FONT_SIZE)
-    left = 2 * MARGIN + max(round(font.getlength(label)) for label in rows)
-    strips = [_strip(images, image_size) for images in rows.values()]
+    left = 2 * MARGIN + max(round(font.getlength(label)) for label, _ in rows)
+    strips = [_strip(images, image_size) for _, images in rows]
     width = left + max(strip.width for strip in strips) + MARGIN
     height = 2 * MARGIN + sum(strip.height + GAP for strip in strips) - GAP
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
     top = MARGIN
-    for label, strip in zip(rows, strips, strict=True):
+    for (label, _), strip in zip(rows, strips, strict=True):
         middle = top + strip.height // 2
         draw.text((MARGIN, middle), label, fill=INK, font=font, anchor="lm")
         canvas.paste(strip, (left, top))

@@ -81,13 +81,27 @@ class Display:
         self.console.print(text, soft_wrap=True)
 
 
+# name -> (how a line says it, how its value is written), of the metrics that matter most
+SHOWN = {
+    "bits_per_latent": ("bits per latent", ".3f"),
+    "bits_per_dim": ("bits/dim", ".3f"),
+    "reconstruction_hard_error": ("hard error", ".4f"),
+    "reconstruction_quantizing_error": ("soft", ".4f"),
+    "reconstruction_error": ("reconstruction", ".4f"),
+    "kl": ("kl", ".1f"),
+    "perplexity": ("perplexity", ".1f"),
+    "perplexity_top": ("perplexity top", ".1f"),
+    "perplexity_bottom": ("bottom", ".1f"),
+    "codebook_usage": ("usage", ".0%"),
+    "codebook_usage_top": ("usage top", ".0%"),
+    "codebook_usage_bottom": ("bottom", ".0%"),
+}
+
+
 def summary(values: dict[str, float]) -> str:
     """The metrics that matter most, in one line."""
-    return (
-        f"hard error {values['reconstruction_hard_error']:.4f}  "
-        f"soft {values['reconstruction_quantizing_error']:.4f}  "
-        f"reconstruction {values['reconstruction_error']:.4f}  "
-        f"perplexity {values['perplexity']:.1f}  usage {values['codebook_usage']:.0%}"
+    return "  ".join(
+        f"{words} {values[name]:{form}}" for name, (words, form) in SHOWN.items() if name in values
     )
 
 

@@ -29,6 +29,45 @@ MEANINGS = {
     "perplexity": ("higher", "How many codes, evenly used, would be as varied as these."),
     "max_probability": ("higher", "Mean probability of the nearest code; 1 is a hard choice."),
     "kl": ("", "Divergence of the latents from a standard normal, in nats per image."),
+    "bits_per_dim": (
+        "lower",
+        "What an image costs per pixel and channel, codes included, in bits.",
+    ),
+    "bits_per_dim_of_codes": ("lower", "The codes' share of that."),
+    "bits_per_latent": ("lower", "What the prior takes for one code."),
+    "order0_bits_per_latent": ("", "What a code takes if only the codes' frequencies are known."),
+    "uniform_bits_per_latent": ("", "What a code takes if nothing is known: log2 K."),
+}
+SUFFIXES = ("", "_top", "_bottom")  # of what each level of a model has
+# file stem -> (heading, what it shows, description for those who cannot see it), in order
+PICTURES = {
+    "reconstructions": (
+        "Reconstructions",
+        "From the top: the input; the model's own output; where there are codes, decoded from soft "
+        "codes, and from the nearest codes alone, which is all that a discrete code keeps.",
+        "Rows of images: the inputs, and below each its reconstructions.",
+    ),
+    "samples": (
+        "Samples",
+        "Images that are in no data set: decoded from the prior of the latents. Codes drawn apart, "
+        "each place by itself, show what a prior over codes, a pixelcnn, would have to learn.",
+        "Rows of images drawn from the model.",
+    ),
+    "codebook_usage": (
+        "Use of the codebook",
+        "How many latents have each code as their nearest. The dashed line is even use.",
+        "Latents per code, from the most to the least used; the title gives usage and perplexity.",
+    ),
+    "codebook_usage_top": (
+        "Use of the top codebook",
+        "The same on the coarse grid.",
+        "Latents per code of the top level, from the most to the least used.",
+    ),
+    "codebook_usage_bottom": (
+        "Use of the bottom codebook",
+        "The same on the fine grid.",
+        "Latents per code of the bottom level, from the most to the least used.",
+    ),
 }
 
 Metrics = dict[str, float]
@@ -60,7 +99,7 @@ def write_report(run: Path) -> Path:
     charts = _charts(history)
     template = _environment().get_template("report.html.jinja")
     page = template.render(
-        title=f"{config['model']} on {config['data']}",
+        title=f"{config['model']} on {config.get('data') or config.get('tokenizer')}",
         folder=run.resolve().name,
         finished=finished,
         step=max((step for steps in history.values() for step in steps), default=0),
@@ -69,9 +108,11 @@ def write_report(run: Path) -> Path:
         rows=_metric_rows(measured.metrics),
         charts=[chart for chart in charts.values() if chart],
         missing_charts=[title for title, chart in charts.items() if not chart],
-        pictures={
-            stem: _data_uri(run / f"{stem}.png") for stem in ("reconstructions", "codebook_usage")
-        },
+        pictures=[
+            (*words, stem.startswith("codebook"), _data_uri(run / f"{stem}.png"))
+            for stem, words in PICTURES.items()
+            if (run / f"{stem}.png").is_file()
+        ],
         unreadable=unreadable,
         not_finite=sum(
             not math.isfinite(value)
@@ -144,6 +185,10 @@ def _tiles(
     metrics: Metrics, config: Mapping[str, Any], summary: Mapping[str, Any], history: History
 ) -> Iterator[tuple[str, str, str]]:
     """(label, value, remark) of the headline numbers that are known."""
+    if "bits_per_latent" in metrics:
+        yield "Bits per latent", number(metrics["bits_per_latent"]), "for one code, by the prior"
+    if "bits_per_dim" in metrics:
+        yield "Bits per dimension", number(metrics["bits_per_dim"]), "codes included"
     if HARD in metrics:
         yield "Hard error", number(metrics[HARD]), "nearest code, per pixel"
     if "psnr_hard" in metrics:
@@ -151,10 +196,17 @@ def _tiles(
     if GAP in metrics:
         share = metrics[GAP] / metrics[SOFT] if metrics[SOFT] else math.inf
         yield "Soft-hard gap", number(metrics[GAP]), f"{share:+.0%} on the soft error"
-    if "codebook_usage" in metrics:
-        yield "Codebook usage", f"{metrics['codebook_usage']:.1%}", "codes used at least once"
-    if "perplexity" in metrics:
-        yield "Perplexity", number(metrics["perplexity"]), f"of {config['codebook_size']} codes"
+    elif "reconstruction_error" in metrics:
+        yield "Error", number(metrics["reconstruction_error"]), "per pixel"
+        yield "PSNR", f"{metrics['psnr']:.2f} dB", "model's own output"
+    for suffix in SUFFIXES:
+        name = suffix.replace("_", " ")
+        if f"codebook_usage{suffix}" in metrics:
+            usage = metrics[f"codebook_usage{suffix}"]
+            yield f"Codebook usage{name}", f"{usage:.1%}", "codes used at least once"
+        if f"perplexity{suffix}" in metrics:
+            value = number(metrics[f"perplexity{suffix}"])
+            yield f"Perplexity{name}", value, f"of {config['codebook_size']} codes"
     speeds = [speed for _, speed in _points(history, "train", "images_per_second")]
     speed = summary.get("images_per_second", speeds[-1] if speeds else None)
     if speed is not None:
@@ -166,6 +218,12 @@ def _charts(history: History) -> dict[str, Chart | None]:
 
     def both(name: str) -> dict[str, Points]:
         return {split: _points(history, split, name) for split in ("train", "validation")}
+
+    def by_level(name: str) -> dict[str, Points]:
+        return {
+            f"validation{suffix.replace('_', ' ')}": _points(history, "validation", name + suffix)
+            for suffix in SUFFIXES
+        }
 
     def training(*names: str) -> dict[str, Points]:
         return {name.replace("_", " "): _points(history, "train", name) for name in names}
@@ -179,8 +237,9 @@ def _charts(history: History) -> dict[str, Chart | None]:
         (f"Soft against hard ({split})", soft_hard, "from zero"),
         ("Reconstruction error", both("reconstruction_error"), "log"),
         ("Temperature", training("temperature", "critical_temperature"), "log"),
-        ("Perplexity", both("perplexity"), "from zero"),
-        ("Codebook usage", both("codebook_usage"), "from zero"),
+        ("Perplexity", by_level("perplexity"), "from zero"),
+        ("Codebook usage", by_level("codebook_usage"), "from zero"),
+        ("Bits per latent", both("bits_per_latent"), "from zero"),
         ("Training loss", training("loss"), "log"),
     )
     return {title: draw_chart(title, series, scale) for title, series, scale in charts}
@@ -198,9 +257,7 @@ def _flat(table: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _data_uri(path: Path) -> str | None:
-    if not path.is_file():
-        return None
+def _data_uri(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 

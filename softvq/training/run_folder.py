@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import nn
 
-from softvq.models import SoftVQVAE
 from softvq.training.build import build_model
 from softvq.training.config import TrainConfig, read_config
 from softvq.training.files import replacing, write_text
@@ -29,9 +29,13 @@ class RunFolder:
         self.model = path / "model.safetensors"
         self.summary = path / "summary.json"
         self.reconstructions = path / "reconstructions.png"
-        self.usage = path / "codebook_usage.png"
+        self.samples = path / "samples.png"
         self.report = path / "report.html"
         self.checkpoints = path / "checkpoints"
+
+    def usage(self, suffix: str) -> Path:
+        """The histogram of the codebook whose names end in `suffix`."""
+        return self.path / f"codebook_usage{suffix}.png"
 
     def check(self, overwrite: bool) -> None:
         """Raise RunError unless a new run can be written here; what is there stays untouched."""
@@ -55,8 +59,8 @@ class RunFolder:
         """Begin a new run: remove an old one's files and write the configuration."""
         for path in (self.config, self.metrics, self.model, self.summary, self.report):
             path.unlink(missing_ok=True)
-        for path in (self.reconstructions, self.usage):
-            path.unlink(missing_ok=True)
+        for path in self.path.glob("*.png"):
+            path.unlink()
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         self.checkpoints.mkdir()
         write_text(self.config, config.to_toml())
@@ -81,24 +85,24 @@ class RunFolder:
         ]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def save_model(self, model: SoftVQVAE) -> None:
-        """Write model.safetensors: the weights, with the shape of the images they are for."""
+    def save_model(self, model: nn.Module, shape: dict[str, Any]) -> None:
+        """Write model.safetensors: the weights, with the shape of the data they are for."""
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         with replacing(self.model) as temporary:
-            temporary.write_bytes(save(tensors, {"image_shape": json.dumps(model.image_shape)}))
+            temporary.write_bytes(save(tensors, {"shape": json.dumps(shape)}))
 
-    def load_model(self, device: torch.device) -> SoftVQVAE:
+    def load_model(self, device: torch.device) -> nn.Module:
         """The best weights of the run, in eval mode. Raises RunError."""
         config = self.read_config()
         try:
             with safe_open(self.model, "pt") as file:
-                image_shape = tuple(json.loads(file.metadata()["image_shape"]))
+                shape = json.loads(file.metadata()["shape"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
             raise RunError(f"{self.path}: no model.safetensors; the run has not finished") from None
         except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
             raise RunError(f"{self.model}: damaged ({error})") from error
-        model = build_model(config, image_shape)
+        model = build_model(config, shape)
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:

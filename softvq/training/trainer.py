@@ -8,24 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from softvq import metrics
-from softvq.data import DataSplits
-from softvq.models import SoftVQVAE
-from softvq.quantizers import DeadCodeRestart
-from softvq.training.build import build_data, build_model
+from softvq.training.build import build_data
 from softvq.training.checkpoint import Progress, Stateful, load_checkpoint, save_checkpoint
-from softvq.training.config import TrainConfig, torch_device
-from softvq.training.evaluation import evaluate, to_pixels
+from softvq.training.codes import load_tokenizer
+from softvq.training.config import PRIOR, TrainConfig, torch_device
 from softvq.training.finish import finish
+from softvq.training.images import ImageTask
+from softvq.training.prior import PriorTask
 from softvq.training.progress import Display
 from softvq.training.run_folder import RunFolder
-from softvq.training.temperature import Temperature
+from softvq.training.task import Task
 
 WARMUP = 100  # steps until the learning rate is at its peak
-RESTART_EVERY = 25  # steps between two looks for dead codes
-# Share of the run: before it the codes still lie together, after it they should settle.
-RESTART_FROM, RESTART_UNTIL = 0.3, 0.9
 CODEBOOK_LR_FLOOR = 0.01  # of its peak: the codes follow T to the end
 
 
@@ -50,16 +47,27 @@ def train(
     device = torch_device(config.device)
     if not resume:
         run.check(overwrite)
-    data = build_data(config)
-    config = config.resolved(data.image_shape, len(data.train))
-    torch.manual_seed(config.seed)
-    model = build_model(config, data.image_shape)
+    config, task = load_task(config, device)
     if not resume:
         run.create(config)
-    trainer = Trainer(config, run, model, data, device, quiet=quiet)
+    trainer = Trainer(config, run, task, device, quiet=quiet)
     if resume:
         trainer.resume()
     return trainer.run_to_the_end()
+
+
+def load_task(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, Task]:
+    """The resolved settings, and the untrained model they describe with its data."""
+    if config.model in PRIOR:
+        run = RunFolder(config.tokenizer)
+        tokenizer, images = load_tokenizer(run, device), build_data(run.read_config())
+        config = config.resolved(len(images.train))
+        torch.manual_seed(config.seed)
+        return config, PriorTask(config, tokenizer, images, device)
+    images = build_data(config)
+    config = config.resolved(len(images.train), images.image_shape)
+    torch.manual_seed(config.seed)
+    return config, ImageTask(config, images, device)
 
 
 class Trainer:
@@ -69,22 +77,16 @@ class Trainer:
         self,
         config: TrainConfig,
         run: RunFolder,
-        model: SoftVQVAE,
-        data: DataSplits,
+        task: Task,
         device: torch.device,
         *,
         quiet: bool = False,
     ):
-        self.config, self.run, self.data = config, run, data
-        self.device = device
-        self.model = model.to(self.device)
-        self.temperature = Temperature(config, model.quantizer).to(self.device)
-        self.restart = DeadCodeRestart(config.codebook_size, config.dead_code_threshold)
-        self.restart.to(self.device)
-        self.optimizer = build_optimizer(config, model)
+        self.config, self.run, self.task, self.device = config, run, task, device
+        self.model = task.model
+        self.optimizer = build_optimizer(config, self.model)
         self.progress = Progress()
         self.losses = metrics.Mean()
-        self.images = data.train.images.to(self.device)
         self.display = Display(config, quiet=quiet)
 
     @property
@@ -92,8 +94,7 @@ class Trainer:
         """What a checkpoint holds besides the progress and the random state."""
         return {
             "model": self.model,
-            "temperature": self.temperature,
-            "restart": self.restart,
+            "steering": self.task.steering,
             "optimizer": self.optimizer,
             "losses": self.losses,
         }
@@ -106,11 +107,9 @@ class Trainer:
     def run_to_the_end(self) -> bool:
         """Train, validate, save; then the test split, pictures and report. False if stopped."""
         if self.progress.step == 0:
-            self._start()
+            self.task.start(next(self._batches()).to(self.device))
         with self.display, stop_signals() as stopped:
-            for batch in batches(
-                len(self.images), self.config.batch_size, self.config.seed, self.progress.step
-            ):
+            for batch in self._batches():
                 if self.progress.step >= self.config.steps:
                     break
                 try:
@@ -126,65 +125,53 @@ class Trainer:
                 if stopped and self.progress.step < self.config.steps:
                     self.display.stopped(self.progress.step, self.run.path)
                     return False
-        test = finish(self.config, self.run, self.data, self.progress, self.device)
-        self.display.finished(test.values, self.run.report)
+        test = finish(self.config, self.run, self.task, self.progress, self.device)
+        self.display.finished(test, self.run.report)
         return True
+
+    def _batches(self) -> Iterator[torch.Tensor]:
+        """The batches that are still to come."""
+        return batches(
+            self.task.examples, self.config.batch_size, self.config.seed, self.progress.step
+        )
 
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.config.steps
-
-    def _start(self) -> None:
-        """Let the first batch say where codes and temperature begin."""
-        first = next(batches(len(self.images), self.config.batch_size, self.config.seed, 0))
-        with torch.no_grad():
-            latents = self.model.encode(to_pixels(self.images[first.to(self.device)], self.device))
-        self.temperature.start(self.model.quantizer, latents.mean)
 
     def _step(self, batch: torch.Tensor) -> None:
         started = time.perf_counter()
         self.model.train()
         set_learning_rates(self.optimizer, self.config, self.progress.step)
-        images = to_pixels(self.images[batch], self.device)
-        parts, latents, indices = self.model(images)
+        seen = self.task.step(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        parts["loss"].backward()
+        seen.losses["loss"].backward()
         self.optimizer.step()
         self.progress.step += 1
         step = self.progress.step
-        self.temperature.update(
-            self.model.quantizer,
-            latents,
-            parts["quantizing_error"],
-            step,
-            step / self.config.steps,
-        )
-        self.restart.update(indices)
-        if step % RESTART_EVERY == 0 and RESTART_FROM < step / self.config.steps < RESTART_UNTIL:
-            self.restart.restart(self.model.quantizer.codebook, latents)
-        self.losses.add(parts, len(batch))
+        self.task.steering.update(seen, step, step / self.config.steps)
+        self.losses.add(seen.losses, len(batch))
         self.progress.images += len(batch)
         self.progress.seconds += time.perf_counter() - started
-        self.display.step(step, self.progress, parts)
+        self.display.step(step, self.progress, seen.losses)
 
     def _log(self) -> None:
         """One line of training losses, averaged since the last one. Raises TrainingError."""
         values = self.losses.read()
         if not math.isfinite(values["loss"]):
             raise self._diverged(f"the loss became {values['loss']}")
-        values["temperature"] = self.model.quantizer.temperature.item()
-        values["critical_temperature"] = self.temperature.critical_value.item()
+        values |= self.task.steering.gauges()
         values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         values["images_per_second"] = self.progress.images_per_second
         self.run.append_metrics(self.progress.step, "train", values)
 
     def _validate(self) -> None:
-        """Metrics of the validation split; the best hard error so far becomes the model."""
-        values = evaluate(self.model, self.data.validation, self.device).values
+        """Metrics of the validation split; the best weights so far become the run's model."""
+        values = self.task.evaluate("validation")
         self.run.append_metrics(self.progress.step, "validation", values)
-        if values["reconstruction_hard_error"] < self.progress.best_error:
-            self.progress.best_error = values["reconstruction_hard_error"]
+        if values[self.task.judged_by] < self.progress.best_error:
+            self.progress.best_error = values[self.task.judged_by]
             self.progress.best_step = self.progress.step
-            self.run.save_model(self.model)
+            self.run.save_model(self.model, self.task.shape)
         self.display.validated(self.progress.step, values)
 
     def _save(self) -> None:
@@ -203,25 +190,25 @@ class Trainer:
         )
 
 
-def build_optimizer(config: TrainConfig, model: SoftVQVAE) -> torch.optim.Optimizer:
-    """AdamW; the codes have a learning rate of their own and no weight decay."""
-    codes = [model.quantizer.codebook_parameter]
-    rest = [p for p in model.parameters() if p is not codes[0]]
-    return torch.optim.AdamW(
-        [{"params": rest, "weight_decay": config.weight_decay}, {"params": codes}],
-        lr=config.lr,
-        weight_decay=0.0,
-        fused=True,
-    )
+def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW; codes that are parameters have a learning rate of their own and no weight decay."""
+    codes, rest = [], []
+    for name, parameter in model.named_parameters():
+        (codes if name.endswith("codebook_parameter") else rest).append(parameter)
+    groups = [{"params": rest, "weight_decay": config.weight_decay}]
+    if codes:
+        groups.append({"params": codes, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> None:
     """Linear warm-up, then half a cosine to zero; the codes keep a floor."""
     warm = min(1.0, (step + 1) / min(WARMUP, max(config.steps // 10, 1)))
     cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
-    networks, codes = optimizer.param_groups
+    networks, *codes = optimizer.param_groups
     networks["lr"] = config.lr * warm * cosine
-    codes["lr"] = config.lr * config.codebook_lr_factor * max(cosine, CODEBOOK_LR_FLOOR)
+    for group in codes:
+        group["lr"] = config.lr * config.codebook_lr_factor * max(cosine, CODEBOOK_LR_FLOOR)
 
 
 def batches(images: int, batch_size: int, seed: int, start: int) -> Iterator[torch.Tensor]:

@@ -1,0 +1,118 @@
+"""The codes of a trained model: made from its data, written to and read from files."""
+
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from softvq.data import DataError, DataSplits
+from softvq.models import LEVEL, CodeLevel, ImageModel
+from softvq.training.config import CONTINUOUS, PRIOR
+from softvq.training.evaluation import BATCH, to_pixels
+from softvq.training.files import replacing
+from softvq.training.run_folder import RunError, RunFolder
+
+SPLITS = ("train", "validation", "test")
+
+
+# Comparing tensors gives no single bool, so sets compare by identity (eq=False).
+@dataclass(frozen=True, eq=False)
+class CodeSet:
+    """Codes of images, with their labels.
+
+    codes: (N, h, w) int32 by level. labels: (N,) int64, -1 for an image without a class.
+    """
+
+    codes: dict[str, Tensor]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, chosen: Tensor | slice) -> tuple[dict[str, Tensor], Tensor]:
+        """Codes (B, h, w) int64 by level and labels (B,) of some of the images."""
+        return {name: grid[chosen].long() for name, grid in self.codes.items()}, self.labels[chosen]
+
+    def to(self, device: torch.device) -> "CodeSet":
+        """The same on a device."""
+        codes = {name: grid.to(device) for name, grid in self.codes.items()}
+        return CodeSet(codes, self.labels.to(device))
+
+
+class CodeSplits(NamedTuple):
+    """The codes of a data set's splits."""
+
+    train: CodeSet
+    validation: CodeSet
+    test: CodeSet
+    levels: dict[str, CodeLevel]
+    class_names: tuple[str, ...]
+
+
+def load_tokenizer(run: RunFolder, device: torch.device) -> ImageModel:
+    """The model of a run, if it has codes. Raises RunError."""
+    model = run.read_config().model
+    if model in (*CONTINUOUS, *PRIOR):
+        raise RunError(f"{run.path}: a run of model {model}, which makes no codes of images")
+    return run.load_model(device)
+
+
+@torch.no_grad()
+def encode_splits(model: ImageModel, data: DataSplits, device: torch.device) -> CodeSplits:
+    """The nearest codes of every image."""
+    sets = []
+    for split in data[:3]:
+        batches = [
+            model.encode_indices(to_pixels(batch, device)) for batch in split.images.split(BATCH)
+        ]
+        codes = {name: torch.cat([b[name].int().cpu() for b in batches]) for name in model.levels}
+        sets.append(CodeSet(codes, split.labels))
+    return CodeSplits(*sets, model.levels, data.class_names)
+
+
+def array_name(split: str, level: str) -> str:
+    """Where a file of codes holds the codes of a level of a split: train, or train_top."""
+    return split if level == LEVEL else f"{split}_{level}"
+
+
+def write_codes(path: Path, splits: CodeSplits) -> None:
+    """Write codes to an .npz file.
+
+    It holds for each split NAME the arrays NAME, the nearest codes (N, h, w) int32 (of a model of
+    two levels NAME_top and NAME_bottom), and NAME_labels (N,) int64; and codebook_size.
+    """
+    sizes = {level.codebook_size for level in splits.levels.values()}
+    arrays: dict[str, np.ndarray] = {"codebook_size": np.array(max(sizes))}
+    for split, held in zip(SPLITS, splits[:3], strict=True):
+        for level, codes in held.codes.items():
+            arrays[array_name(split, level)] = codes.numpy()
+        arrays[f"{split}_labels"] = held.labels.numpy()
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def read_codes(path: Path, split: str, levels: Mapping[str, CodeLevel]) -> dict[str, Tensor]:
+    """Codes (N, h, w) int64 by level of one split of a written file. Raises DataError."""
+    codes = {}
+    for level, (grid, size) in levels.items():
+        name = array_name(split, level)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                indices = torch.from_numpy(file[name].astype(np.int64, casting="safe"))
+        except KeyError:
+            raise DataError(f"{path}: holds no codes named {name!r}") from None
+        # An empty file, an array without names, numbers that are no integers, a broken archive.
+        except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise DataError(f"{path}: cannot read codes ({error})") from error
+        if indices.shape[1:] != grid or not ((indices >= 0) & (indices < size)).all():
+            raise DataError(
+                f"{path}: {name!r} is not code grids (N, {grid[0]}, {grid[1]}) in 0..{size - 1}"
+            )
+        codes[level] = indices
+    return codes

@@ -1,0 +1,60 @@
+"""Training a model of images."""
+
+import torch
+from torch import Tensor
+
+from softvq.data import DataError, DataSplits
+from softvq.models import ImageModel, TrainingStep, level_suffix
+from softvq.training.build import build_image_model
+from softvq.training.config import TrainConfig
+from softvq.training.evaluation import evaluate, to_pixels
+from softvq.training.pictures import save_codebook_usage, save_rows
+from softvq.training.run_folder import RunFolder
+from softvq.training.showing import PER_ROW, reconstruction_rows, sample_rows
+from softvq.training.steering import build_steering
+
+
+class ImageTask:
+    """Images to reconstruct; the splits live in memory, the training images on the device."""
+
+    def __init__(self, config: TrainConfig, data: DataSplits, device: torch.device):
+        if config.model == "cvae" and any((split.labels < 0).any() for split in data[:3]):
+            raise DataError(f"{config.data}: a cvae needs the class of every image")
+        self.data, self.device = data, device
+        self.shape = {"image_shape": data.image_shape, "classes": len(data.class_names)}
+        self.model: ImageModel = build_image_model(config, self.shape).to(device)
+        self.steering = build_steering(config, self.model).to(device)
+        self.images = data.train.images.to(device)
+        self.labels = data.train.labels.to(device)
+        self.examples = len(self.images)
+        coded = bool(self.model.quantizers)
+        self.judged_by = "reconstruction_hard_error" if coded else "reconstruction_error"
+
+    def start(self, batch: Tensor) -> None:
+        """Let the first batch say where codes and temperature begin."""
+        if self.model.quantizers:
+            with torch.no_grad():
+                self.steering.start(self.model.encode(self._pixels(batch)).mean)
+
+    def step(self, batch: Tensor) -> TrainingStep:
+        """The losses of a batch, indices (B,) of training images."""
+        return self.model(self._pixels(batch), self.labels[batch])
+
+    def _pixels(self, batch: Tensor) -> Tensor:
+        return to_pixels(self.images[batch], self.device)
+
+    def evaluate(self, split: str) -> dict[str, float]:
+        """Every metric of the model over a whole split."""
+        return evaluate(self.model, getattr(self.data, split), self.device).values
+
+    def finish(self, model: ImageModel, run: RunFolder) -> dict[str, float]:
+        """Metrics of the best model over the test split; its pictures go to the run folder."""
+        test = evaluate(model, self.data.test, self.device)
+        for level, counts in test.counts.items():
+            save_codebook_usage(run.usage(level_suffix(level)), counts)
+        first = self.data.test.select(torch.arange(min(PER_ROW, len(self.data.test))))
+        images = to_pixels(first.images, self.device)
+        rows = reconstruction_rows(model, images, first.labels.to(self.device))
+        save_rows(run.reconstructions, rows)
+        save_rows(run.samples, sample_rows(model, self.data, self.device))
+        return test.values

@@ -1,0 +1,151 @@
+"""Training a prior over the codes of a trained model."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from softvq import metrics
+from softvq.data import DataSplits
+from softvq.models import CodePrior, ImageModel, TrainingStep, level_suffix
+from softvq.training.build import build_prior
+from softvq.training.codes import CodeSet, CodeSplits, encode_splits
+from softvq.training.config import TrainConfig
+from softvq.training.evaluation import BATCH
+from softvq.training.likelihood import (
+    bits_per_dimension,
+    discretised_logistic_log_likelihood,
+    fit_scales,
+    order0_bits_per_latent,
+)
+from softvq.training.pictures import save_rows
+from softvq.training.run_folder import RunFolder
+from softvq.training.showing import PER_ROW, ROWS, even_labels, sampled_rows
+from softvq.training.steering import Steering
+
+
+class PriorTask:
+    """Codes to predict; all of them live on the device.
+
+    tokenizer: the model, in eval mode, whose codes of `images` are learned.
+    """
+
+    judged_by = "bits_per_latent"
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        tokenizer: ImageModel,
+        images: DataSplits,
+        device: torch.device,
+    ):
+        self.tokenizer, self.images, self.device = tokenizer, images, device
+        self.data = encode_splits(tokenizer, images, device)
+        labelled = all((split.labels >= 0).all() for split in images[:3])
+        self.shape = {
+            "levels": self.data.levels,
+            "classes": len(images.class_names) if labelled else 0,
+        }
+        self.model = build_prior(config, self.shape).to(device)
+        self.steering = Steering()
+        self.train = self.data.train.to(device)
+        self.examples = len(self.train)
+
+    def start(self, batch: Tensor) -> None:
+        """Nothing to measure before the first step."""
+
+    def step(self, batch: Tensor) -> TrainingStep:
+        """The losses of a batch, indices (B,) of training images."""
+        return TrainingStep(self.model(*self.train.batch(batch)), {}, {})
+
+    def evaluate(self, split: str) -> dict[str, float]:
+        """Bits per latent over a whole split."""
+        return code_metrics(self.model, getattr(self.data, split), self.device)
+
+    def finish(self, model: CodePrior, run: RunFolder) -> dict[str, float]:
+        """Metrics of the best model over the test split; samples go to the run folder."""
+        values = prior_metrics(model, self.tokenizer, self.images, self.data, "test", self.device)
+        count = PER_ROW * model.classes or PER_ROW * ROWS
+        labels = even_labels(count, model.classes, self.device)
+        sample = decoded_samples(model, self.tokenizer)
+        save_rows(run.samples, sampled_rows(sample, labels, self.images.class_names))
+        return values
+
+
+def decoded_samples(
+    prior: CodePrior, tokenizer: ImageModel, temperature: float = 1.0
+) -> Callable[[Tensor], Tensor]:
+    """labels (count,) int64, -1 for no class → images (count, C, H, W) of codes of the prior."""
+
+    @torch.no_grad()
+    def sample(labels: Tensor) -> Tensor:
+        codes = prior.sample(len(labels), labels, temperature=temperature)
+        return tokenizer.decode_indices(codes)
+
+    return sample
+
+
+@torch.no_grad()
+def code_metrics(model: CodePrior, data: CodeSet, device: torch.device) -> dict[str, float]:
+    """Bits per latent over a whole split of codes. The model keeps the mode it was in."""
+    was_training = model.training
+    model.eval()
+    means = metrics.Mean()
+    for start in range(0, len(data), BATCH):
+        codes, labels = data.batch(slice(start, start + BATCH))
+        codes = {name: grid.to(device) for name, grid in codes.items()}
+        means.add(model(codes, labels.to(device)), len(labels))
+    model.train(was_training)
+    values = means.read()
+    del values["loss"]
+    return values
+
+
+def prior_metrics(
+    model: CodePrior,
+    tokenizer: ImageModel,
+    images: DataSplits,
+    data: CodeSplits,
+    split: str,
+    device: torch.device,
+) -> dict[str, float]:
+    """Bits per latent of a split, what simpler models of it take, and bits per dimension.
+
+    bits_per_dim is −log₂ p(class) p(codes | class) p(image | codes) per pixel and channel, a bound
+    of −log₂ p(image): classes are even, the image is a discretised logistic around its decoded
+    codes, of the scales that fit the validation images best.
+    """
+    codes: CodeSet = getattr(data, split)
+    values = code_metrics(model, codes, device)
+    for name, level in data.levels.items():
+        size = level.codebook_size
+        order0 = order0_bits_per_latent(data.train.codes[name], codes.codes[name], size)
+        values[f"order0_bits_per_latent{level_suffix(name)}"] = order0
+        values[f"uniform_bits_per_latent{level_suffix(name)}"] = math.log2(size)
+
+    pixels = images.train.images[0].numel()
+    scales = fit_scales(_decoded(tokenizer, images, data, "validation", device))
+    nats = torch.cat(
+        [
+            discretised_logistic_log_likelihood(output, batch, scales)
+            for output, batch in _decoded(tokenizer, images, data, split, device)
+        ]
+    )
+    image_bits = bits_per_dimension(nats, pixels).mean().item()
+    code_bits = values["bits_per_latent"] * model.latents + math.log2(max(1, model.classes))
+    values["bits_per_dim"] = image_bits + code_bits / pixels
+    values["bits_per_dim_of_codes"] = code_bits / pixels
+    return values
+
+
+@torch.no_grad()
+def _decoded(
+    tokenizer: ImageModel, images: DataSplits, data: CodeSplits, split: str, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(decoded codes (B, C, H, W), images (B, C, H, W) uint8) of a split, batch by batch."""
+    codes, pictures = getattr(data, split), getattr(images, split).images
+    for start in range(0, len(codes), BATCH):
+        chosen = slice(start, start + BATCH)
+        grids = {name: grid.to(device) for name, grid in codes.batch(chosen)[0].items()}
+        yield tokenizer.decode_indices(grids), pictures[chosen].to(device)

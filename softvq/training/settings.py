@@ -1,0 +1,122 @@
+"""How a dataclass of settings is declared, described, checked and read from a file."""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+class ConfigError(ValueError):
+    """A setting that is not allowed; its one line names it, its value and what is allowed."""
+
+
+class PerModel(dict[str, Any]):
+    """Defaults of a setting by model; a model that is not among them has no such setting."""
+
+
+def each(models: Iterable[str], default: Any, **others: Any) -> PerModel:
+    """One default for several models; `others` for some of them (with _ for -)."""
+    exceptions = {name.replace("_", "-"): value for name, value in others.items()}
+    return PerModel(dict.fromkeys(models, default) | exceptions)
+
+
+def setting(default: Any, group: str, help: str) -> Any:
+    """A field of settings, with what the command line says about it."""
+    if isinstance(default, PerModel):
+        metadata = {"group": group, "help": help, "defaults": default}
+        return field(default=None, metadata=metadata)
+    return field(default=default, metadata={"group": group, "help": help})
+
+
+def fill_defaults(settings: Any) -> None:
+    """Give a new dataclass of settings the defaults of its `model`.
+
+    Raises ConfigError for a setting that the model does not have.
+    """
+    for item in dataclasses.fields(settings):
+        defaults = item.metadata.get("defaults")
+        if defaults is None:
+            continue
+        value = getattr(settings, item.name)
+        if settings.model in defaults:
+            if value is None:
+                object.__setattr__(settings, item.name, defaults[settings.model])
+        elif value is not None:
+            raise ConfigError(
+                f"{item.name}: {value} does not apply to model {settings.model}, only to "
+                f"{', '.join(defaults)}"
+            )
+
+
+def describe_default(item: dataclasses.Field[Any], models: tuple[str, ...]) -> str:
+    """ "; default: …" of a field, and which models have it if not all of `models`."""
+    defaults: Mapping[str, Any] = item.metadata.get("defaults", {"": item.default})
+    by_value: dict[Any, list[str]] = {}
+    for model, value in defaults.items():
+        if value is not None:
+            by_value.setdefault(value, []).append(model)
+    everywhere = defaults.keys() == {""} or set(defaults) == set(models)
+    only = "" if everywhere else f"; only for {', '.join(defaults)}"
+    if len(by_value) == 1:
+        return f"{only}; default: {next(iter(by_value))}"
+    values = "; ".join(f"{value} for {', '.join(names)}" for value, names in by_value.items())
+    return f"; default: {values}" if by_value else only
+
+
+def value_types(settings: type) -> dict[str, Any]:
+    """The type of each setting without its None: a class or a Literal."""
+    return {
+        name: next(a for a in get_args(hint) if a is not type(None))
+        if get_origin(hint) is types.UnionType
+        else hint
+        for name, hint in get_type_hints(settings).items()
+    }
+
+
+def read_toml(path: Path, settings: type) -> dict[str, Any]:
+    """Settings of a TOML file, checked against the known names.
+
+    Raises ConfigError for a missing or malformed file and for an unknown key.
+    """
+    kinds = value_types(settings)
+    try:
+        values = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML ({error})") from error
+    for name, value in values.items():
+        if name not in kinds:
+            raise ConfigError(f"{path}: unknown setting {name!r}{nearest_hint(name, kinds)}")
+        if kinds[name] is Path and isinstance(value, str):
+            values[name] = Path(value)
+        if kinds[name] is str and type(value) in (int, float):
+            values[name] = str(value)  # latent_grid = 7, temperature = 0.5
+    return values
+
+
+def nearest_hint(name: str, names: Iterable[str]) -> str:
+    """ ", did you mean …?" for a misspelt name, or nothing."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def check_type(name: str, value: Any, kind: Any) -> None:
+    """Raise ConfigError unless the value is of the class, or one of the Literal's."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ConfigError(f"{name}: {value!r} is not one of {', '.join(get_args(kind))}")
+    elif not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
+        raise ConfigError(f"{name}: {value!r} is not a {kind.__name__}")
+
+
+def check(settings: Any, names: str, allowed: Callable[[Any], object], text: str) -> None:
+    """Raise ConfigError unless each of the named settings (a b c) is open or allowed."""
+    for name in names.split():
+        value = getattr(settings, name)
+        if value is not None and not allowed(value):
+            raise ConfigError(f"{name}: {value} is not allowed; it must be {text}")

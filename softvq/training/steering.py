@@ -1,0 +1,89 @@
+"""What moves a quantizer from outside its loss: temperatures, and codes that died."""
+
+from torch import Tensor, nn
+
+from softvq.models import LEVEL, ImageModel, TrainingStep
+from softvq.quantizers import DeadCodeRestart, GumbelVQ, SoftVQ
+from softvq.schedules import annealed
+from softvq.training.config import TrainConfig
+from softvq.training.temperature import FALLING, Temperature
+
+RESTART_EVERY = 25  # steps between two looks for dead codes
+# Share of the run: before it the codes still lie together, after it they should settle.
+RESTART_FROM, RESTART_UNTIL = 0.3, 0.9
+
+
+class Steering(nn.Module):
+    """Steers nothing: the quantizers that need no help, and models without one."""
+
+    def start(self, latents: Tensor) -> None:
+        """Look at first latents (B, h, w, D) before any step."""
+
+    def update(self, seen: TrainingStep, step: int, progress: float) -> None:
+        """Take in what step number `step` saw; progress is its share of the run."""
+
+    def gauges(self) -> dict[str, float]:
+        """What to log beside the losses."""
+        return {}
+
+
+class SoftSteering(Steering):
+    """The temperature of a SoftVQ by its data, and the restart of its dead codes."""
+
+    def __init__(self, config: TrainConfig, quantizer: SoftVQ):
+        super().__init__()
+        self.steered = (quantizer,)  # in a tuple: its weights are not part of this state
+        self.temperature = Temperature(config, quantizer)
+        self.restart = DeadCodeRestart(config.codebook_size, config.dead_code_threshold)
+
+    def start(self, latents: Tensor) -> None:
+        """Place the codes among first latents (B, h, w, D), and set T."""
+        self.temperature.start(*self.steered, latents)
+
+    def update(self, seen: TrainingStep, step: int, progress: float) -> None:
+        """Set T for the next step; now and then move dead codes to latents."""
+        latents = seen.latents[LEVEL]
+        (quantizer,) = self.steered
+        error = seen.losses["quantizing_error"]
+        self.temperature.update(quantizer, latents, error, step, progress)
+        self.restart.update(seen.indices[LEVEL])
+        if step % RESTART_EVERY == 0 and RESTART_FROM < progress < RESTART_UNTIL:
+            self.restart.restart(quantizer.codebook, latents)
+
+    def gauges(self) -> dict[str, float]:
+        """T, and where it would be critical."""
+        (quantizer,) = self.steered
+        return {
+            "temperature": quantizer.temperature.item(),
+            "critical_temperature": self.temperature.critical_value.item(),
+        }
+
+
+class GumbelSteering(Steering):
+    """The temperature of a GumbelVQ, between two given numbers."""
+
+    def __init__(self, config: TrainConfig, quantizer: GumbelVQ):
+        super().__init__()
+        self.steered = (quantizer,)
+        self.schedule = config.temperature_schedule
+        self.first = float(config.temperature)
+        self.last = float(config.temperature_ratio) * self.first
+
+    def update(self, seen: TrainingStep, step: int, progress: float) -> None:
+        """Set T for the next step."""
+        value = annealed(self.schedule, progress / FALLING, self.first, self.last)
+        self.steered[0].set_temperature(value)
+
+    def gauges(self) -> dict[str, float]:
+        """T."""
+        return {"temperature": self.steered[0].temperature.item()}
+
+
+def build_steering(config: TrainConfig, model: ImageModel) -> Steering:
+    """What the model's quantizer needs."""
+    quantizer = model.quantizers.get(LEVEL)
+    if isinstance(quantizer, SoftVQ):
+        return SoftSteering(config, quantizer)
+    if isinstance(quantizer, GumbelVQ):
+        return GumbelSteering(config, quantizer)
+    return Steering()
