@@ -44,3 +44,37 @@ def mixture_negative_log_likelihood(
     """
     normaliser = 0.5 * dim * torch.log(math.pi * temperature) + math.log(codebook_size)
     return (normaliser - log_partition.mean()) / dim
+
+
+def commitment_loss(z: Tensor, codes: Tensor) -> Tensor:
+    """Mean over all elements of (z − sg[e])², in float32 at least; no gradient for the codes.
+
+    The third term of van den Oord et al. 2017, eq. 3, without its weight β.
+    """
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    return quantizing_error(z.to(dtype), codes.detach().to(dtype))
+
+
+def kl_to_uniform(entropy: Tensor, codebook_size: int) -> Tensor:
+    """KL(p ‖ uniform) = log K − H(p), averaged over the entropies (...) of the assignments.
+
+    The rate term of a discrete VAE with a uniform prior: Jang et al. 2017, "Categorical
+    reparameterization with Gumbel-softmax"; Ramesh et al. 2021 (DALL·E), section 2.1.
+    """
+    return math.log(codebook_size) - entropy.mean()
+
+
+def entropy_regulariser(entropy: Tensor, usage: Tensor) -> Tensor:
+    """Mean entropy of the assignments minus the entropy of their mean; 0 at most.
+
+    Low when every latent is sure of its code and all codes are used alike; it is minus the mutual
+    information of latent and code. Yu et al. 2024 (MAGVIT-v2), eq. 5; Shi et al. 2024 (IBQ).
+
+    Args:
+        entropy: (...), of each latent's assignment, as from `softvq.soft_quantize`.
+        usage: (K,) or (H, K), the mean assignment, as from `softvq.code_usage`.
+    """
+    # A floor inside the logarithm: the derivative of p·log p at an unused code is infinite.
+    smallest = torch.finfo(usage.dtype).tiny
+    usage_entropy = -(usage * usage.clamp(min=smallest).log()).sum(-1)
+    return entropy.mean() - usage_entropy.mean()

@@ -4,38 +4,73 @@ import torch
 from torch import Tensor, nn
 
 from softvq.functional import nearest_codes
+from softvq.quantizers.distributed import sum_over_replicas
+from softvq.quantizers.draw import draw_latents
+
+
+@torch.no_grad()
+def restart_codes(
+    codes: Tensor,
+    dead: Tensor,
+    latents: Tensor,
+    squared_distance: Tensor,
+    sync: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Move dead codes to latents drawn ∝ their squared distance from the nearest code.
+
+    The seeding of k-means++ (Arthur and Vassilvitskii 2007): where codes are missing most. Each
+    latent serves once; dead codes beyond the number of latents stay. Fixed shapes, no host
+    synchronisation, the same on every replica.
+
+    Args:
+        codes: (K, D). dead: (K,) bool, the same on every replica.
+        latents: (n, D). squared_distance: (n,).
+    Returns:
+        the new codes (K, D), and which of them moved (K,) bool.
+    """
+    weights = squared_distance.to(codes.dtype)
+    drawn, exists = draw_latents(latents, weights, len(codes), sync)
+    turn = (dead.cumsum(0) - 1).clamp(min=0)  # the first dead code has the first latent
+    moved = dead & exists[turn]
+    return torch.where(moved[:, None], drawn[turn].to(codes.dtype), codes), moved
 
 
 class DeadCodeRestart(nn.Module):
     """Follows each code's share of the latents and moves the codes that have none.
 
-    A code is dead when its running share falls under `threshold` of an even one, 1/K. It goes to a
-    latent drawn with a probability proportional to its squared distance from the nearest code,
-    the seeding of k-means++ (Arthur and Vassilvitskii 2007): where codes are missing most.
+    A code is dead when its running share falls under `threshold` of an even one, 1/K; it moves as
+    `restart_codes` says.
     """
 
-    def __init__(self, codebook_size: int, threshold: float, decay: float = 0.95):
+    def __init__(
+        self,
+        codebook_size: int,
+        threshold: float,
+        decay: float = 0.95,
+        sync_codebook: bool | None = None,
+    ):
         super().__init__()
         self.threshold = threshold
         self.decay = decay
+        self.sync_codebook = sync_codebook
         self.register_buffer("share", torch.full((codebook_size,), 1 / codebook_size))
 
     @torch.no_grad()
     def update(self, indices: Tensor) -> None:
-        """Count the nearest codes (...) int64 of a batch."""
-        counts = torch.bincount(indices.flatten(), minlength=len(self.share))
-        self.share.lerp_(counts / indices.numel(), 1 - self.decay)
+        """Count the nearest codes (...) int64 of a batch; −1, a masked position, does not count."""
+        counts = torch.bincount(indices.flatten() + 1, minlength=len(self.share) + 1)[1:]
+        counts = sum_over_replicas(counts, self.sync_codebook)
+        self.share.lerp_(counts / counts.sum().clamp(min=1), 1 - self.decay)
 
     @torch.no_grad()
     def restart(self, codebook: Tensor, latents: Tensor) -> None:
         """Move the dead codes of the codebook (K, D), in place, to latents (..., D)."""
         even = 1 / len(self.share)
-        dead = (self.share < self.threshold * even).nonzero()[:, 0]
-        rows = latents.reshape(-1, latents.shape[-1])
-        dead = dead[: len(rows)]
-        if len(dead) == 0:
+        dead = self.share < self.threshold * even
+        if not dead.any():
             return
+        rows = latents.reshape(-1, latents.shape[-1])
         _, squared_distance = nearest_codes(rows, codebook)
-        chosen = torch.multinomial(squared_distance + 1e-12, len(dead))
-        codebook[dead] = rows[chosen].to(codebook.dtype)
-        self.share[dead] = even
+        codes, moved = restart_codes(codebook, dead, rows, squared_distance, self.sync_codebook)
+        codebook.copy_(codes)
+        self.share.masked_fill_(moved, even)

@@ -17,6 +17,7 @@ def layer(**options):
     return SoftVQ(**{"dim": DIM, "codebook_size": CODES, "temperature": 2.0} | options)
 
 
+@pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("codebook_dim", [None, 4])
 @pytest.mark.parametrize(
@@ -29,8 +30,10 @@ def layer(**options):
     ],
     ids=str,
 )
-def test_shapes(heads, codebook_dim, options, shape, positions):
-    vq = layer(heads=heads, codebook_dim=codebook_dim, **options)
+def test_shapes(separate, heads, codebook_dim, options, shape, positions):
+    vq = layer(
+        heads=heads, separate_codebook_per_head=separate, codebook_dim=codebook_dim, **options
+    )
     quantized, indices, loss, breakdown = vq(torch.randn(shape), return_loss_breakdown=True)
     assert quantized.shape == shape
     assert indices.shape == (positions if heads == 1 else (*positions, heads))
@@ -38,7 +41,7 @@ def test_shapes(heads, codebook_dim, options, shape, positions):
     assert loss.shape == breakdown.entropy.shape == ()
     assert breakdown.codebook is loss
     code = (CODES, codebook_dim or DIM // heads)
-    assert vq.codebook.shape == (code if heads == 1 else (heads, *code))
+    assert vq.codebook.shape == ((heads, *code) if separate and heads > 1 else code)
     assert len(vq(torch.randn(shape))) == 3
 
 
@@ -60,7 +63,7 @@ def test_one_head_is_the_operator():
 
 
 def test_heads_quantise_their_own_features():
-    vq, x = layer(heads=3), torch.randn(4, DIM)
+    vq, x = layer(heads=3, separate_codebook_per_head=True), torch.randn(4, DIM)
     quantized, indices, _ = vq(x)
     for head in range(3):
         features = slice(2 * head, 2 * head + 2)
@@ -96,7 +99,7 @@ def test_codes_are_their_own_nearest():
     codes = vq.get_codes_from_indices(indices)
     assert torch.equal(codes, vq.codebook[indices])
     assert torch.equal(vq(codes)[1], indices)
-    heads = layer(heads=3)
+    heads = layer(heads=3, separate_codebook_per_head=True)
     indices = torch.tensor([[3, 0, 9]])
     codes = heads.get_codes_from_indices(indices)
     assert torch.equal(codes[0, 1], heads.codebook[1, 0]) and codes.shape == (1, 3, 2)

@@ -1,0 +1,35 @@
+"""Checks of options: each raises an error that names option, value and what is allowed."""
+
+import math
+from collections.abc import Sequence
+
+
+def check_counts(**options: int | None) -> None:
+    """Whole numbers from 1 up; None is left alone. Raises TypeError or ValueError."""
+    for name, value in options.items():
+        if value is None:
+            continue
+        if not isinstance(value, int):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_positive(**options: float) -> None:
+    """Finite numbers above 0. Raises ValueError."""
+    for name, value in options.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be a finite number above 0, got {value}")
+
+
+def check_weights(**options: float) -> None:
+    """Finite numbers from 0 up. Raises ValueError."""
+    for name, value in options.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a finite number from 0 up, got {value}")
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """One of the allowed names. Raises ValueError."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")

@@ -1,0 +1,139 @@
+"""The quantizer whose codes are running means."""
+
+from typing import NamedTuple, Unpack
+
+import torch
+from torch import Tensor
+
+from softvq import losses
+from softvq.functional import nearest_codes
+from softvq.quantizers.base import Quantizer, QuantizerOptions
+from softvq.quantizers.checks import check_positive, check_weights
+from softvq.quantizers.kmeans import replica_code_sums
+from softvq.quantizers.restart import restart_codes
+from softvq.quantizers.straight_through import NearestCodes, nearest_straight_through
+
+GRACE = 2.0  # times the threshold: the count of a restarted code, which then has time to win rows
+
+
+class EMAVQLoss(NamedTuple):
+    """Parts of what EMAVQ computed, 0-d tensors, unweighted."""
+
+    commitment: Tensor  #          mean of (z − sg[e])²
+    entropy_regulariser: Tensor  # zero with entropy_weight=0
+
+
+class EMAVQ(Quantizer):
+    """The nearest code, each code the running mean of the latents that chose it.
+
+    van den Oord et al. 2017, appendix A.1: with the n_k latents of a batch that chose code k,
+    N_k ← γN_k + (1−γ)n_k and m_k ← γm_k + (1−γ)Σz, then e_k = m_k / Ñ_k with
+    Ñ_k = n(N_k + ε)/(n + Kε), n = Σ_k N_k, which keeps a count of zero from dividing. The smoothed
+    count is used, never stored. Statistics move in training only, after the batch was quantised;
+    the loss is β‖z − sg[e]‖², a mean over elements.
+
+    What is stored is N (`counts`) and m/Ñ (the codes); `sums`, m, is their product. So whoever
+    moves a code, by hand or as a dead one, has moved its running mean with it. With use_cosine_sim
+    the means are of latents of length 1, and the codebook is the means brought back to length 1.
+    Replicas of a data-parallel run have to start alike (DistributedDataParallel sees to it) and
+    then stay so, bit by bit.
+
+    Args:
+        dim, codebook_size, codebook_dim, heads, **options: see `Quantizer`.
+        commitment_weight: β.
+        decay: γ.
+        eps: ε.
+        threshold_ema_dead_code: a code whose count N_k, rows per batch, is lower is restarted at a
+            latent of the batch, as `restart_codes` says; 0: never.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        codebook_dim: int | None = None,
+        heads: int = 1,
+        *,
+        commitment_weight: float = 0.25,
+        decay: float = 0.99,
+        eps: float = 1e-5,
+        threshold_ema_dead_code: float = 0.0,
+        **options: Unpack[QuantizerOptions],
+    ):
+        super().__init__(dim, codebook_size, codebook_dim, heads, **options)
+        check_weights(
+            commitment_weight=commitment_weight, threshold_ema_dead_code=threshold_ema_dead_code
+        )
+        check_positive(eps=eps)
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be a number from 0 up, below 1, got {decay}")
+        self.commitment_weight = commitment_weight
+        self.decay = decay
+        self.eps = eps
+        self.threshold_ema_dead_code = threshold_ema_dead_code
+        self.register_buffer("means", self._first_codes())
+        self.register_buffer("counts", torch.ones(self.codebooks, codebook_size))
+
+    @property
+    def _stored_codes(self) -> Tensor:
+        return self.means
+
+    @property
+    def smoothed_counts(self) -> Tensor:
+        """Ñ (codebooks, K)."""
+        total = self.counts.sum(-1, keepdim=True)
+        return total * (self.counts + self.eps) / (total + self.codebook_size * self.eps)
+
+    @property
+    def sums(self) -> Tensor:
+        """m (codebooks, K, D)."""
+        return self.means * self.smoothed_counts[..., None]
+
+    def quantize(self, z: Tensor) -> NearestCodes:
+        """The nearest codes of latents (..., D), with heads (..., heads, D)."""
+        return nearest_straight_through(z, self.codebook)
+
+    def _loss(
+        self, z: Tensor, out: NearestCodes, entropy_regulariser: Tensor
+    ) -> tuple[Tensor, EMAVQLoss]:
+        commitment = losses.commitment_loss(z, out.quantized)
+        return self.commitment_weight * commitment, EMAVQLoss(commitment, entropy_regulariser)
+
+    @torch.no_grad()
+    def _learn(self, z: Tensor, out: NearestCodes) -> None:
+        latents = self._by_codebook(z)
+        batch_sums, batch_counts = self._batch_statistics(latents, out.indices)
+        sums = self.decay * self.sums + (1 - self.decay) * batch_sums
+        self.counts.mul_(self.decay).add_(batch_counts, alpha=1 - self.decay)
+        self.means.copy_(sums / self.smoothed_counts[..., None])
+        if self.threshold_ema_dead_code:
+            self._restart(latents, out.squared_distance)
+
+    def _batch_statistics(self, latents: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Σz (codebooks, K, D) and n (codebooks, K), of all replicas."""
+        indices = self._by_codebook(indices[..., None])[..., 0]
+        parts = [
+            replica_code_sums(rows, chosen, self.codebook_size, self.sync_codebook)
+            for rows, chosen in zip(latents, indices, strict=True)
+        ]
+        sums, counts = zip(*parts, strict=True)
+        return torch.stack(sums), torch.stack(counts)
+
+    def _restart(self, latents: Tensor, squared_distance: Tensor) -> None:
+        """Restart the codes of few rows, with their running statistics."""
+        distances = self._by_codebook(squared_distance[..., None])[..., 0]
+        for means, counts, rows, distance in zip(
+            self.means, self.counts, latents, distances, strict=True
+        ):
+            dead = counts < self.threshold_ema_dead_code
+            codes, moved = restart_codes(means, dead, rows, distance, self.sync_codebook)
+            means.copy_(codes)
+            counts.masked_fill_(moved, GRACE * self.threshold_ema_dead_code)
+
+    @torch.no_grad()
+    def _initialise(self, z: Tensor) -> None:
+        """k-means, and the counts that belong to it."""
+        super()._initialise(z)
+        indices, _ = nearest_codes(z, self.codebook)
+        _, counts = self._batch_statistics(self._by_codebook(z), indices)
+        self.counts.copy_(counts.clamp(min=1))

@@ -1,0 +1,127 @@
+"""The quantizer with sampled codes."""
+
+from typing import NamedTuple, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from softvq import losses
+from softvq.functional import soft_quantize
+from softvq.kernels import reference
+from softvq.quantizers.base import QuantizerOptions
+from softvq.quantizers.checks import check_positive, check_weights
+from softvq.quantizers.straight_through import (
+    codes_at,
+    nearest_straight_through,
+    straight_through,
+)
+from softvq.quantizers.temperature import TemperedQuantizer
+
+BLOCK_ELEMENTS = 2**22  # rows × codes that are sampled at once: 16 MB in float32
+
+
+class GumbelQuantized(NamedTuple):
+    """What `GumbelVQ.quantize` returns; (...) are the leading dimensions of z."""
+
+    quantized: Tensor  # (..., D), dtype of z
+    indices: Tensor  #   (...) int64: what was sampled if the value is a code's, else the nearest
+
+
+class GumbelVQLoss(NamedTuple):
+    """Parts of what GumbelVQ computed, 0-d tensors, unweighted."""
+
+    kl: Tensor  #                  KL(p ‖ uniform) in nats per index; zero with kl_weight=0
+    entropy_regulariser: Tensor  # zero with entropy_weight=0
+
+
+class GumbelVQ(TemperedQuantizer):
+    """A random code, relaxed so that gradients pass.
+
+    A latent chooses code k with probability p_k ∝ exp(−‖z−c_k‖²/L), L = logits_temperature. In
+    training, with Gumbel noise g_k, the output is softmax((log p + g)/T) · C: Jang et al. 2017 and
+    Maddison et al. 2017. As T falls it becomes a sample from p. In evaluation it is the nearest
+    code, with a straight-through gradient. loss = kl_weight · KL(p ‖ uniform), a mean over indices.
+
+    No N×K tensor is held: rows are sampled in blocks of at most max(K, 2²²) noise values, which
+    are drawn again for the backward pass. With about six such blocks at work at a time that is
+    100 MB in float32, whatever the number of rows, up to K = 4 million.
+
+    Args:
+        dim, codebook_size, codebook_dim, heads, **options: see `Quantizer`.
+        temperature: T of the relaxation. A 0-d buffer, `temperature`, that schedules may fill.
+        logits_temperature: L, the divisor of the squared distance summed over D.
+        straight_through: in training the value is that of the sampled code, argmax (log p + g),
+            and the gradient that of the relaxation.
+        kl_weight: of the KL divergence in the loss; 0 also leaves its work out.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        codebook_dim: int | None = None,
+        heads: int = 1,
+        temperature: float = 1.0,
+        *,
+        logits_temperature: float = 1.0,
+        straight_through: bool = False,
+        kl_weight: float = 5e-4,
+        **options: Unpack[QuantizerOptions],
+    ):
+        super().__init__(
+            *(dim, codebook_size, codebook_dim, heads), temperature=temperature, **options
+        )
+        check_positive(logits_temperature=logits_temperature)
+        check_weights(kl_weight=kl_weight)
+        self.logits_temperature = logits_temperature
+        self.straight_through = straight_through
+        self.kl_weight = kl_weight
+        self.codebook_parameter = nn.Parameter(self._first_codes())
+
+    def quantize(self, z: Tensor) -> GumbelQuantized:
+        """Sample for latents (..., D), with heads (..., heads, D); in evaluation the nearest."""
+        if not self.training:
+            return GumbelQuantized(*nearest_straight_through(z, self.codebook)[:2])
+        codebook = self.codebook
+        rows = self._by_codebook(z)
+        block_rows = max(1, BLOCK_ELEMENTS // (self.codebooks * self.codebook_size))
+        blocks = [
+            checkpoint(
+                *(_relaxed_sample, block, codebook.view_as(self._stored_codes)),
+                *(self.temperature, self.logits_temperature, self.straight_through),
+                use_reentrant=False,
+            )
+            for block in rows.split(block_rows, 1)
+        ]
+        relaxed, indices = (
+            torch.cat(parts, 1).transpose(0, 1) for parts in zip(*blocks, strict=True)
+        )
+        relaxed, indices = relaxed.reshape(z.shape), indices.reshape(z.shape[:-1])
+        if self.straight_through:
+            relaxed = straight_through(relaxed, codes_at(codebook.detach(), indices))
+        return GumbelQuantized(relaxed, indices)
+
+    def _loss(
+        self, z: Tensor, out: GumbelQuantized, entropy_regulariser: Tensor
+    ) -> tuple[Tensor, GumbelVQLoss]:
+        kl = torch.zeros((), device=z.device)
+        if self.kl_weight:
+            entropy = soft_quantize(z, self.codebook, self.logits_temperature).entropy
+            kl = losses.kl_to_uniform(entropy, self.codebook_size)
+        return self.kl_weight * kl, GumbelVQLoss(kl, entropy_regulariser)
+
+
+def _relaxed_sample(
+    z: Tensor, codebook: Tensor, temperature: Tensor, logits_temperature: float, sampled: bool
+) -> tuple[Tensor, Tensor]:
+    """softmax((log p + g)/T) · C and an index: the sample's, or the nearest code's.
+
+    z (H, n, D), codebook (H, K, D) → (H, n, D) in the dtype of z, (H, n) int64.
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        # log p + a constant of the row, which no softmax sees.
+        logits = reference.scores(z, codebook, temperature.new_full((), logits_temperature))
+        noisy = logits - torch.empty_like(logits).exponential_().log()
+        relaxed = (noisy / temperature.to(noisy.dtype)).softmax(-1) @ codebook.to(noisy.dtype)
+    return relaxed.to(z.dtype), (noisy if sampled else logits).argmax(-1)

@@ -1,0 +1,44 @@
+"""Which positions of a batch count: masks and lengths."""
+
+import torch
+from torch import Tensor
+
+
+def valid_positions(
+    shape: torch.Size, device: torch.device, mask: Tensor | None, lens: Tensor | None
+) -> Tensor | None:
+    """The mask, or the one that lengths stand for; None where every position counts.
+
+    Args:
+        shape: of the positions, (B, ...).
+        mask: bool, of that shape.
+        lens: (B,) integers; the first lens[b] positions of (B, N) count.
+    Raises:
+        TypeError, ValueError: a dtype or shape that is not allowed, or both are given.
+    """
+    if mask is not None and lens is not None:
+        raise ValueError("give mask or lens, not both")
+    if lens is not None:
+        if lens.is_floating_point() or lens.dtype == torch.bool:
+            raise TypeError(f"lens must be integers, got {lens.dtype}")
+        if len(shape) != 2 or lens.shape != shape[:1]:
+            raise ValueError(
+                f"lens must be (B,) for positions (B, N) = {tuple(shape)}, got {tuple(lens.shape)}"
+            )
+        return torch.arange(shape[1], device=device) < lens.to(device)[:, None]
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, got {mask.dtype}")
+    if mask.shape != shape:
+        raise ValueError(
+            f"mask must have the positions' shape {tuple(shape)}, got {tuple(mask.shape)}"
+        )
+    return mask
+
+
+def put_back(values: Tensor, valid: Tensor, elsewhere: Tensor) -> Tensor:
+    """`elsewhere` (B, ..., *), with the rows (n, *) of `values` at the valid positions."""
+    full = elsewhere.to(values.dtype, copy=True)
+    full[valid] = values
+    return full

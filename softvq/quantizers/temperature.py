@@ -1,0 +1,41 @@
+"""Quantizers with a temperature."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softvq.quantizers.base import Quantizer
+from softvq.quantizers.checks import check_positive
+
+
+class TemperedQuantizer(Quantizer):
+    """A quantizer with a temperature > 0, kept as its logarithm: a 0-d buffer or parameter."""
+
+    def __init__(self, *sizes: Any, temperature: float, learn: bool = False, **options: Any):
+        super().__init__(*sizes, **options)
+        check_positive(temperature=temperature)
+        log_temperature = torch.tensor(math.log(temperature))
+        if learn:
+            self.log_temperature = nn.Parameter(log_temperature)
+        else:
+            self.register_buffer("log_temperature", log_temperature)
+
+    @property
+    def temperature(self) -> Tensor:
+        """T, a 0-d tensor."""
+        return self.log_temperature.exp()
+
+    @torch.no_grad()
+    def set_temperature(self, temperature: float | Tensor) -> None:
+        """Set T in place, without a host synchronisation when it is a tensor.
+
+        Raises:
+            ValueError: a number that is not finite or not above 0; a tensor is not read.
+        """
+        if isinstance(temperature, Tensor):
+            self.log_temperature.copy_(temperature.log())
+        else:
+            check_positive(temperature=temperature)
+            self.log_temperature.fill_(math.log(temperature))
