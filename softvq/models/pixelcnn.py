@@ -1,0 +1,277 @@
+"""Autoregressive priors over grids of code indices.
+
+A code's probability is conditioned on all codes before it in raster order:
+p(codes) = Π p(code_ij | codes above, codes to the left in its row)
+(van den Oord et al. 2016b, "Conditional image generation with PixelCNN decoders", equation 1).
+"""
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from softvq.models.base import CodeLevel
+from softvq.models.masked import GatedLayer, shift_down, shift_right
+from softvq.models.networks import Grid
+
+
+class CoarseCodes(nn.Module):
+    """Features of another level's codes: (B, h', w') int64 → (B, width, h, w).
+
+    Residual convolutions see all of them, then the nearest neighbour of each position is taken
+    (VQ-VAE-2, Razavi et al. 2019, section 3.2).
+    """
+
+    BLOCKS = 2
+
+    def __init__(self, codebook_size: int, width: int):
+        super().__init__()
+        self.embedding = nn.Embedding(codebook_size, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.ReLU(),
+                nn.Conv2d(width, width, 3, padding=1),
+                nn.ReLU(),
+                nn.Conv2d(width, width, 1),
+            )
+            for _ in range(self.BLOCKS)
+        )
+
+    def forward(self, indices: Tensor, grid: Grid) -> Tensor:
+        x = self.embedding(indices).permute(0, 3, 1, 2)
+        for block in self.blocks:
+            x = x + block(x)
+        return F.interpolate(x, grid)
+
+
+class PixelCNN(nn.Module):
+    """Gated PixelCNN over one grid of indices, of any size.
+
+    Args:
+        codebook_size: K, the number of values an index may take.
+        classes: number of class labels; 0 for a prior that knows none.
+        condition_size: codebook size of a coarser grid of codes that is given whole; 0 for none.
+        width: channels of both stacks. layers: gated layers. kernel: odd, of the convolutions.
+        dropout: on the gated features that the horizontal residuals read.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,
+        *,
+        classes: int = 0,
+        condition_size: int = 0,
+        width: int = 64,
+        layers: int = 8,
+        kernel: int = 3,
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        if kernel < 3 or kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd and at least 3, got {kernel}")
+        self.codebook_size = codebook_size
+        self.embedding = nn.Embedding(codebook_size, width)
+        # Row 0 stands for an unknown class, -1, and stays zero.
+        self.classes = nn.Embedding(classes + 1, width, padding_idx=0) if classes else None
+        self.condition = CoarseCodes(condition_size, width) if condition_size else None
+        context = bool(classes or condition_size)
+        self.layers = nn.ModuleList(
+            GatedLayer(width, kernel, context=context, dropout=dropout) for _ in range(layers)
+        )
+        self.head = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(width, width, 1),
+            nn.ReLU(),
+            nn.Conv2d(width, codebook_size, 1),
+        )
+        for parameter in self.head[-1].parameters():
+            nn.init.zeros_(parameter)  # the first guess is uniform
+
+    def forward(
+        self, indices: Tensor, labels: Tensor | None = None, condition: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, h, w, K) of each index given those before it.
+
+        Args:
+            indices: (B, h, w) int64.
+            labels: (B,) int64, -1 for an unknown class; None for a batch of unknown ones.
+            condition: (B, h', w') int64, the coarser codes.
+        """
+        context = self._context(labels, condition, indices.shape)
+        x = self._embed(indices)
+        return self._across(x, self._down(x, context))
+
+    def log_likelihood(
+        self, indices: Tensor, labels: Tensor | None = None, condition: Tensor | None = None
+    ) -> Tensor:
+        """log p(indices | labels, condition) in nats per image, (B,). Arguments as for forward."""
+        logits = self(indices, labels, condition)
+        nats = F.cross_entropy(logits.flatten(0, 2), indices.flatten(), reduction="none")
+        return -nats.view(len(indices), -1).sum(1)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        count: int,
+        grid: Grid,
+        labels: Tensor | None = None,
+        condition: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw codes (count, h, w) int64 one after the other, in eval mode.
+
+        The logits are divided by the temperature; below 1 the likelier codes are preferred.
+        """
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
+        height, width = grid
+        indices = torch.zeros(count, *grid, dtype=torch.int64, device=self.embedding.weight.device)
+        context = self._context(labels, condition, indices.shape)
+        for i in range(height):
+            # The rows above are complete: the vertical stack runs once per row.
+            seen = context if context is None or context.shape[2] == 1 else context[:, :, : i + 1]
+            above = [a[:, :, i:] for a in self._down(self._embed(indices[:, : i + 1]), seen)]
+            for j in range(width):
+                logits = self._across(self._embed(indices[:, i : i + 1]), above)[:, 0, j]
+                probabilities = (logits / temperature).softmax(-1)
+                indices[:, i, j] = probabilities.multinomial(1, generator=generator)[:, 0]
+        return indices
+
+    def _embed(self, indices: Tensor) -> Tensor:
+        """Indices (B, h, w) → (B, width, h, w)."""
+        return self.embedding(indices).permute(0, 3, 1, 2)
+
+    def _context(
+        self, labels: Tensor | None, condition: Tensor | None, shape: torch.Size
+    ) -> Tensor | None:
+        """What every position may see: (B, width, h, w), or (B, width, 1, 1) of a class alone."""
+        if (condition is None) != (self.condition is None):
+            wants = "needs" if condition is None else "takes no"
+            raise ValueError(f"this prior {wants} condition")
+        context = None
+        if self.classes is not None:
+            if labels is None:
+                labels = torch.full(shape[:1], -1, device=self.embedding.weight.device)
+            context = self.classes(labels + 1)[:, :, None, None]
+        if self.condition is not None:
+            features = self.condition(condition, shape[1:])
+            context = features if context is None else context + features
+        return context
+
+    def _down(self, x: Tensor, context: Tensor | None) -> list[Tensor]:
+        """Vertical stack on embeddings (B, width, h, w): each layer's word for the other stack."""
+        x = shift_down(x)
+        words = []
+        for layer in self.layers:
+            x, above = layer.down(x, context)
+            words.append(above)
+        return words
+
+    def _across(self, x: Tensor, above: list[Tensor]) -> Tensor:
+        """Horizontal stack and head on embeddings (B, width, h, w): logits (B, h, w, K)."""
+        x = shift_right(x)
+        for layer, word in zip(self.layers, above, strict=True):
+            x = layer.right(x, word)
+        return self.head(x).permute(0, 2, 3, 1)
+
+
+class CodePrior(nn.Module):
+    """One PixelCNN for each level of a quantised autoencoder, each given the level before.
+
+    p(top, bottom | class) = p(top | class) · p(bottom | top, class), VQ-VAE-2's hierarchy (Razavi
+    et al. 2019, section 3.2); a plain model has one level.
+
+    Args:
+        levels: coarsest first, by name; codes go in and come out as dicts of the same names.
+        classes, width, layers, kernel, dropout: as for PixelCNN, the same at every level.
+    """
+
+    def __init__(
+        self,
+        levels: Mapping[str, CodeLevel],
+        *,
+        classes: int = 0,
+        width: int = 64,
+        layers: int = 8,
+        kernel: int = 3,
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        self.levels = dict(levels)
+        self.classes = classes
+        self.before = {after: before for before, after in pairwise(levels)}
+        self.networks = nn.ModuleDict()
+        condition_size = 0
+        for name, level in levels.items():
+            self.networks[name] = PixelCNN(
+                level.codebook_size,
+                classes=classes,
+                condition_size=condition_size,
+                width=width,
+                layers=layers,
+                kernel=kernel,
+                dropout=dropout,
+            )
+            condition_size = level.codebook_size
+
+    @property
+    def latents(self) -> int:
+        """Number of codes per image, of all levels."""
+        return sum(math.prod(level.grid) for level in self.levels.values())
+
+    def forward(
+        self, codes: Mapping[str, Tensor], labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The losses of a batch of codes, name → (B, h, w) int64; labels (B,) int64, -1 unknown.
+
+        "loss": nats per latent, of all levels' codes together; "bits_per_latent": the same in
+        bits; of several levels also each one's own, "bits_per_latent_<name>". All 0-d.
+        """
+        nats = {name: -value.mean() for name, value in self._log_likelihoods(codes, labels).items()}
+        loss = sum(nats.values()) / self.latents
+        parts = {"loss": loss, "bits_per_latent": loss.detach() / math.log(2)}
+        if len(nats) > 1:
+            for name, value in nats.items():
+                bits = value.detach() / (math.prod(self.levels[name].grid) * math.log(2))
+                parts[f"bits_per_latent_{name}"] = bits
+        return parts
+
+    def log_likelihood(self, codes: Mapping[str, Tensor], labels: Tensor | None = None) -> Tensor:
+        """log p(codes | labels) in nats per image, (B,). Arguments as for forward."""
+        return sum(self._log_likelihoods(codes, labels).values())
+
+    @torch.no_grad()
+    def sample(
+        self,
+        count: int,
+        labels: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Draw codes level by level, name → (count, h, w) int64; labels (count,) int64."""
+        codes: dict[str, Tensor] = {}
+        for name, level in self.levels.items():
+            codes[name] = self.networks[name].sample(
+                count,
+                level.grid,
+                labels,
+                codes.get(self.before.get(name)),
+                temperature=temperature,
+                generator=generator,
+            )
+        return codes
+
+    def _log_likelihoods(
+        self, codes: Mapping[str, Tensor], labels: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Each level's share of log_likelihood, (B,)."""
+        return {
+            name: network.log_likelihood(codes[name], labels, codes.get(self.before.get(name)))
+            for name, network in self.networks.items()
+        }
