@@ -32,9 +32,7 @@ class ImageTask:
 
     def start(self, batch: Tensor) -> None:
         """Let the first batch say where codes and temperature begin."""
-        if self.model.quantizers:
-            with torch.no_grad():
-                self.steering.start(self.model.encode(self._pixels(batch)).mean)
+        self.steering.start(self.model, self._pixels(batch))
 
     def step(self, batch: Tensor) -> TrainingStep:
         """The losses of a batch, indices (B,) of training images."""

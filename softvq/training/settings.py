@@ -7,7 +7,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 class ConfigError(ValueError):
@@ -71,7 +71,7 @@ def value_types(settings: type) -> dict[str, Any]:
     """The type of each setting without its None: a class or a Literal."""
     return {
         name: next(a for a in get_args(hint) if a is not type(None))
-        if get_origin(hint) is types.UnionType
+        if get_origin(hint) in (Union, types.UnionType)
         else hint
         for name, hint in get_type_hints(settings).items()
     }

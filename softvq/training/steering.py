@@ -1,8 +1,9 @@
 """What moves a quantizer from outside its loss: temperatures, and codes that died."""
 
+import torch
 from torch import Tensor, nn
 
-from softvq.models import LEVEL, ImageModel, TrainingStep
+from softvq.models import LEVEL, ImageModel, SoftVQVAE, TrainingStep
 from softvq.quantizers import DeadCodeRestart, GumbelVQ, SoftVQ
 from softvq.schedules import annealed
 from softvq.training.config import TrainConfig
@@ -16,8 +17,8 @@ RESTART_FROM, RESTART_UNTIL = 0.3, 0.9
 class Steering(nn.Module):
     """Steers nothing: the quantizers that need no help, and models without one."""
 
-    def start(self, latents: Tensor) -> None:
-        """Look at first latents (B, h, w, D) before any step."""
+    def start(self, model: ImageModel, images: Tensor) -> None:
+        """Look at a first batch of images (B, C, H, W) in [0, 1] before any step."""
 
     def update(self, seen: TrainingStep, step: int, progress: float) -> None:
         """Take in what step number `step` saw; progress is its share of the run."""
@@ -36,9 +37,10 @@ class SoftSteering(Steering):
         self.temperature = Temperature(config, quantizer)
         self.restart = DeadCodeRestart(config.codebook_size, config.dead_code_threshold)
 
-    def start(self, latents: Tensor) -> None:
-        """Place the codes among first latents (B, h, w, D), and set T."""
-        self.temperature.start(*self.steered, latents)
+    @torch.no_grad()
+    def start(self, model: SoftVQVAE, images: Tensor) -> None:
+        """Place the codes among the first latents, and set T."""
+        self.temperature.start(*self.steered, model.encode(images).mean)
 
     def update(self, seen: TrainingStep, step: int, progress: float) -> None:
         """Set T for the next step; now and then move dead codes to latents."""

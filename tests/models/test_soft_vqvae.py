@@ -5,8 +5,7 @@ import torch
 
 import softvq
 from softvq import losses
-from softvq.models import SoftVQVAE
-from softvq.models.soft_vqvae import LossWeights
+from softvq.models import LEVEL, LossWeights, Networks, SoftVQVAE
 from softvq.quantizers import SoftVQ
 
 DIM, CODES, GRID, SHAPE = 4, 6, (2, 2), (1, 8, 8)
@@ -14,10 +13,11 @@ QUANTIZER_ONLY = LossWeights(reconstruction=0.0, quantizing=1.0, kl=0.0)
 RECONSTRUCTION_ONLY = LossWeights(reconstruction=1.0, quantizing=0.0, kl=0.0)
 
 
-def build(weights=None, *, shape=SHAPE, grid=GRID, quantizer=None, **options):
+def build(weights=None, *, shape=SHAPE, grid=GRID, quantizer=None, architecture="conv", **options):
     vq = SoftVQ(DIM, CODES, **{"temperature": 1.5} | (quantizer or {}))
     weights = weights or LossWeights(reconstruction_quantizing=1.0)
-    return SoftVQVAE(shape, grid, vq, weights=weights, width=4, hidden=(12, 8), **options)
+    networks = Networks(architecture, hidden=(12, 8), width=4)
+    return SoftVQVAE(shape, grid, vq, weights=weights, networks=networks, **options)
 
 
 def moved(model, images):
@@ -136,9 +136,9 @@ def test_the_loss_is_the_weighted_sum(images, decoder_input, reconstruction_loss
     squared = losses.reconstruction_error(output, images)
     torch.testing.assert_close(step.losses["reconstruction_error"], squared)
     torch.testing.assert_close(step.losses["quantizing_error"], (mean - quantized).square().mean())
-    assert torch.equal(step.indices, indices)
-    torch.testing.assert_close(step.latents, mean)
-    assert not step.latents.requires_grad
+    assert torch.equal(step.indices[LEVEL], indices)
+    torch.testing.assert_close(step.latents[LEVEL], mean)
+    assert not step.latents[LEVEL].requires_grad
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,8 @@ from typing import get_args, get_origin
 import pytest
 import torch
 
-from softvq.training.config import (
-    ConfigError,
-    TrainConfig,
-    read_config,
-    size_pair,
-    torch_device,
-    value_types,
-)
+from softvq.training.config import MODELS, TrainConfig, read_config, size_pair, torch_device
+from softvq.training.settings import ConfigError, describe_default, value_types
 
 NAN, INF = float("nan"), float("inf")
 WHOLE = ("latent_dim", "codebook_size", "width", "steps", "evaluate_every", "checkpoint_every")
@@ -25,6 +19,7 @@ FROM_ZERO = (
     "reconstruction_quantizing_weight",
     "commitment_weight",
     "weight_decay",
+    "entropy_weight",
     "dead_code_threshold",
 )
 BAD = [
@@ -41,7 +36,15 @@ BAD = [
     *(("image_size", value) for value in ("0x8", "big", 8)),
     *(("hidden", value) for value in ("", "0", "256,", "256;64", "-1", 256)),
     ("data_dir", 5),
+    ("tokenizer", 5),
 ]
+BAD_FOR = {
+    "vqvae-ema": [("decay", value) for value in (1.0, -0.1, NAN, "slow")],
+    "pixelcnn": [
+        *(("layers", value) for value in (0, 1.5)),
+        *(("dropout", value) for value in (1.0, -0.1, NAN)),
+    ],
+}
 
 
 def test_the_defaults_are_valid():
@@ -56,19 +59,31 @@ def test_a_bad_value_is_named(name, value):
     assert message.startswith(f"{name}: ") and str(value) in message and "\n" not in message
 
 
-CHOICES = [name for name, kind in value_types().items() if get_origin(kind)]
+@pytest.mark.parametrize(
+    ("model", "name", "value"),
+    [(model, *bad) for model, bads in BAD_FOR.items() for bad in bads],
+    ids=str,
+)
+def test_a_bad_value_of_another_model_is_named(model, name, value):
+    tokenizer = {"tokenizer": Path("run")} if model == "pixelcnn" else {}
+    with pytest.raises(ConfigError, match=f"^{name}: .*{value}"):
+        TrainConfig(model=model, **tokenizer, **{name: value})
+
+
+CHOICES = [name for name, kind in value_types(TrainConfig).items() if get_origin(kind)]
 
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_bad_choice_lists_the_good_ones(name):
     with pytest.raises(ConfigError) as caught:
         TrainConfig(**{name: "banana"})
-    allowed = ", ".join(get_args(value_types()[name]))
+    allowed = ", ".join(get_args(value_types(TrainConfig)[name]))
     assert str(caught.value) == f"{name}: 'banana' is not one of {allowed}"
 
 
 def test_every_setting_has_its_bad_value():
-    assert {name for name, _ in BAD} | set(CHOICES) == {
+    others = {name for bads in BAD_FOR.values() for name, _ in bads}
+    assert {name for name, _ in BAD} | others | set(CHOICES) == {
         field.name for field in dataclasses.fields(TrainConfig)
     }
 
@@ -159,26 +174,26 @@ def test_a_missing_file_is_named(tmp_path, name):
 
 
 def test_resolved_leaves_nothing_open():
-    config = TrainConfig(data="folder", data_dir=Path("pictures")).resolved((3, 30, 50), 1000)
+    config = TrainConfig(data="folder", data_dir=Path("pictures")).resolved(1000, (3, 30, 50))
     assert (config.latent_grid, config.steps) == ("7x12", 1500)
     assert (config.evaluate_every, config.checkpoint_every) == (75, 75)
     assert config.data_dir == Path("pictures").absolute()
     assert config.image_size is None  # the images' own
-    assert config.resolved((3, 30, 50), 1000) == config
+    assert config.resolved(1000, (3, 30, 50)) == config
 
 
 def test_resolved_follows_the_data():
     config = TrainConfig(batch_size=10)
-    assert config.resolved((1, 8, 8), 10_000).steps == 15_000
-    assert config.resolved((1, 3, 3), 10).latent_grid == "1x1"
+    assert config.resolved(10_000, (1, 8, 8)).steps == 15_000
+    assert config.resolved(10, (1, 3, 3)).latent_grid == "1x1"
     dense = TrainConfig(architecture="dense")
-    assert dense.resolved((1, 28, 28), 10).latent_grid == "1x1"
+    assert dense.resolved(10, (1, 28, 28)).latent_grid == "1x1"
 
 
 def test_resolved_keeps_what_was_given():
     given = TrainConfig(latent_grid="5", steps=30, evaluate_every=4, checkpoint_every=9)
-    assert given.resolved((1, 28, 28), 100) == given
-    few = TrainConfig(steps=3).resolved((1, 28, 28), 100)
+    assert given.resolved(100, (1, 28, 28)) == given
+    few = TrainConfig(steps=3).resolved(100, (1, 28, 28))
     assert (few.evaluate_every, few.checkpoint_every) == (1, 1)
 
 
@@ -186,3 +201,64 @@ def test_sizes():
     assert size_pair("7") == (7, 7) and size_pair("7x5") == (7, 5)
     config = TrainConfig(image_size="64x48", hidden="256,64")
     assert config.image_size_pair == (64, 48) and config.hidden_sizes == (256, 64)
+
+
+def test_each_model_has_the_defaults_of_its_own():
+    soft, vqvae = TrainConfig(), TrainConfig(model="vqvae")
+    assert (soft.reconstruction_weight, soft.kl_weight, soft.temperature) == (1e4, 1.0, "auto")
+    assert (vqvae.reconstruction_weight, vqvae.kl_weight, vqvae.temperature) == (10.0, None, None)
+    assert vqvae.commitment_weight == 0.25
+    assert TrainConfig(model="vae").codebook_size is None
+    assert TrainConfig(model="vae", latent_dim=3).latent_dim == 3
+
+
+@pytest.mark.parametrize(
+    ("model", "setting"),
+    [
+        ("ae", {"codebook_size": 8}),
+        ("vqvae", {"kl_weight": 1.0}),
+        ("vqvae-ema", {"temperature": "1"}),
+        ("soft-vqvae", {"decay": 0.9}),
+        ("cvae", {"tokenizer": Path("run")}),
+        ("pixelcnn", {"data": "digits", "tokenizer": Path("run")}),
+    ],
+    ids=str,
+)
+def test_a_setting_of_other_models_is_refused(model, setting):
+    name = next(iter(setting))
+    with pytest.raises(ConfigError, match=f"^{name}: .* does not apply to model {model}, only to "):
+        TrainConfig(model=model, **setting)
+
+
+def test_what_only_some_models_cannot_be():
+    with pytest.raises(ConfigError, match="tokenizer: a pixelcnn learns the codes"):
+        TrainConfig(model="pixelcnn")
+    with pytest.raises(ConfigError, match="kl_weight: 0 makes the vae an autoencoder"):
+        TrainConfig(model="vae", kl_weight=0.0)
+    with pytest.raises(ConfigError, match="temperature: auto does not apply to model vqvae-gumbel"):
+        TrainConfig(model="vqvae-gumbel", temperature="auto")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_goes_to_toml_and_back(tmp_path, model):
+    tokenizer = {"tokenizer": tmp_path} if model == "pixelcnn" else {}
+    shape = None if model == "pixelcnn" else (1, 8, 8)
+    config = TrainConfig(model=model, **tokenizer).resolved(1000, shape)
+    path = tmp_path / "config.toml"
+    path.write_text(config.to_toml())
+    assert TrainConfig(**read_config(path)) == config
+
+
+def test_models_without_codes_have_one_latent_per_image():
+    assert TrainConfig(model="vae").resolved(10, (1, 28, 28)).latent_grid == "1x1"
+    assert TrainConfig(model="vqvae").resolved(10, (1, 28, 28)).latent_grid == "7x7"
+
+
+def test_defaults_in_words():
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    assert describe_default(fields["lr"], MODELS) == "; default: 0.002"
+    assert describe_default(fields["steps"], MODELS) == ""
+    assert describe_default(fields["decay"], MODELS) == (
+        "; only for vqvae-ema, vqvae2; default: 0.99"
+    )
+    assert "0.25 for vqvae" in describe_default(fields["commitment_weight"], MODELS)

@@ -15,7 +15,7 @@ from softvq.training.pictures import (
     MARGIN,
     replacing,
     save_codebook_usage,
-    save_reconstructions,
+    save_rows,
 )
 
 
@@ -42,12 +42,12 @@ def titles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_images_stand_enlarged_by_whole_pixels_at_the_right_end(
     tmp_path: Path, size: int, factor: int
 ) -> None:
-    rows = {name: torch.rand(3, 1, size, size) for name in ("input", "soft codes")}
-    save_reconstructions(tmp_path / "r.png", rows)
+    rows = [(name, torch.rand(3, 1, size, size)) for name in ("input", "soft codes")]
+    save_rows(tmp_path / "r.png", rows)
     picture = pixels(tmp_path / "r.png")
     side = size * factor
     right = picture.shape[1] - MARGIN
-    for row, images in enumerate(rows.values()):
+    for row, (_, images) in enumerate(rows):
         top = MARGIN + row * (side + GAP)
         block = picture[top : top + side, right - side : right]
         last = (images[-1, 0] * 255).round().byte().numpy()
@@ -59,7 +59,7 @@ def test_images_stand_enlarged_by_whole_pixels_at_the_right_end(
 
 def test_each_row_has_a_label_at_its_left(tmp_path: Path) -> None:
     images = torch.ones(1, 3, 8, 8)  # as white as the page: only the labels are dark
-    save_reconstructions(tmp_path / "r.png", {"input": images, "": images, "codes": images})
+    save_rows(tmp_path / "r.png", [("input", images), ("", images), ("codes", images)])
     picture = pixels(tmp_path / "r.png")
     dark = [
         (picture[top : top + 64] < 128).any() for top in (MARGIN + i * (64 + GAP) for i in range(3))
@@ -70,7 +70,7 @@ def test_each_row_has_a_label_at_its_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
 def test_any_number_of_channels_is_shown(tmp_path: Path, channels: int) -> None:
     images = torch.rand(1, channels, 64, 64)
-    save_reconstructions(tmp_path / "r.png", {"x": images})
+    save_rows(tmp_path / "r.png", [("x", images)])
     shown = pixels(tmp_path / "r.png")[MARGIN:-MARGIN, -MARGIN - 64 : -MARGIN]
     colours = images[0, :3] if channels >= 3 else images[0, :1].expand(3, -1, -1)
     assert (shown == (colours * 255).round().byte().permute(1, 2, 0).numpy()).all()
@@ -80,7 +80,7 @@ def test_values_outside_the_unit_interval_are_clamped_and_gradients_do_not_matte
     tmp_path: Path,
 ) -> None:
     images = torch.tensor([-0.5, 1.5]).view(1, 1, 1, 2).bfloat16().requires_grad_()
-    save_reconstructions(tmp_path / "r.png", {"x": images}, image_size=2)
+    save_rows(tmp_path / "r.png", [("x", images)], image_size=2)
     row = pixels(tmp_path / "r.png")[:, -MARGIN - 2 : -MARGIN].reshape(-1, 2, 3)
     assert (row.min(0) == [[0] * 3, [255] * 3]).all()
 
@@ -126,7 +126,7 @@ def test_a_failure_leaves_the_old_picture_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "r.png"
-    save_reconstructions(path, {"x": torch.rand(1, 1, 8, 8)})
+    save_rows(path, [("x", torch.rand(1, 1, 8, 8))])
     before = path.read_bytes()
 
     def half_written(image: Image.Image, target: Path, **options: object) -> None:
@@ -135,7 +135,7 @@ def test_a_failure_leaves_the_old_picture_and_nothing_else(
 
     monkeypatch.setattr(Image.Image, "save", half_written)
     with pytest.raises(OSError, match="disk full"):
-        save_reconstructions(path, {"x": torch.rand(1, 1, 8, 8)})
+        save_rows(path, [("x", torch.rand(1, 1, 8, 8))])
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from softvq.training.pictures import save_codebook_usage, save_reconstructions
+from softvq.training.pictures import save_codebook_usage, save_rows
 from softvq.training.report import read_history, write_report
 
 VOID = {"meta", "link", "img", "path"}
@@ -92,7 +92,7 @@ def write_run(run: Path, lines: list[dict[str, object]], *, tail: str = "") -> P
 def finished(tmp_path: Path) -> Path:
     lines = [train_line(step) for step in range(0, 2001, 2)]
     write_run(tmp_path, [*lines, *(validation_line(step) for step in range(0, 2001, 500))])
-    save_reconstructions(tmp_path / "reconstructions.png", {"input": torch.rand(2, 1, 8, 8)})
+    save_rows(tmp_path / "reconstructions.png", [("input", torch.rand(2, 1, 8, 8))])
     save_codebook_usage(tmp_path / "codebook_usage.png", torch.arange(512))
     summary = {
         "test": TEST,
