@@ -5,8 +5,9 @@ measured on the whole test split with the decoder fed the nearest codes.
 """
 
 import argparse
-import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from softvq.training.trainer import batches, build_optimizer, load_task, set_lea
 DIM = 16
 NET: dict[str, Any] = {"latent_dim": DIM, "width": 16, "residual_blocks": 1, "batch_size": 256}
 PEER = "vector-quantize-pytorch"
-METRICS = {"reconstruction_hard_error": "", "perplexity": "", "seconds": "s"}
+METRICS = ("reconstruction_hard_error", "perplexity")
 
 
 class PeerVQ(nn.Module):
@@ -74,58 +75,59 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--codes", type=int, nargs="+", default=[64, 128, 256, 512], help="K")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--entry", nargs="+", choices=ENTRIES, default=list(ENTRIES))
+    parser.add_argument("--peer-codes", type=int, nargs="+", default=[256], help="K of the peers")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time, a thread each")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the devices' folders")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
+    names = ("data", "data_dir", "steps", "seed")
+    settings = {name: getattr(options, name) for name in names}
+    runs = [
+        (name, settings | {"codebook_size": codes}, device)
+        for name, entry in ENTRIES.items()
+        for codes in (options.peer_codes if entry.peer else options.codes)
+    ]
     results = Results(options.out, device)
     rows: list[Row] = []
-    for codes in options.codes:
-        for seed in options.seeds:
-            for name in options.entry:
-                config = TrainConfig(
-                    data=options.data,
-                    data_dir=options.data_dir,
-                    steps=options.steps,
-                    codebook_size=codes,
-                    seed=seed,
-                    **NET,
-                    **ENTRIES[name].settings,
-                )
-                rows += measure(name, config, device)
+    # Processes that start afresh: OpenMP's threads do not survive a fork.
+    pool = ProcessPoolExecutor(
+        options.jobs, get_context("spawn"), torch.set_num_threads, (1,), max_tasks_per_child=1
+    )
+    with pool:
+        for found in pool.map(measure, *zip(*runs, strict=True)):
+            rows += found
             report(results.replace("quality", rows))
     return 0
 
 
-def measure(name: str, config: TrainConfig, device: torch.device) -> list[Row]:
+def measure(name: str, settings: dict[str, Any], device: torch.device) -> list[Row]:
     """One row for each metric of a trained model."""
+    entry = ENTRIES[name]
+    config = TrainConfig(**NET, **entry.settings, **settings)
     try:
-        values = trained(config, ENTRIES[name].peer, device)
-        status = "ok"
+        values, status = trained(config, entry.peer, device), "ok"
     except ImportError as error:
         values, status = dict.fromkeys(METRICS, ""), f"needs {error.name}"
-    package = PEER if ENTRIES[name].peer else "softvq"
     return [
         {
             "candidate": name,
-            "version": version(package),
+            "version": version(PEER if entry.peer else "softvq"),
             "rows": config.steps,
             "codes": config.codebook_size,
             "dim": config.latent_dim,
             "metric": metric,
-            "unit": unit,
             "p50": values[metric],
             "status": status,
         }
-        for metric, unit in METRICS.items()
+        for metric in METRICS
     ]
 
 
 def trained(
     config: TrainConfig, peer: Callable[[int], nn.Module] | None, device: torch.device
 ) -> dict[str, float]:
-    """Metrics of the model after its last step, and the seconds that all steps took."""
+    """Metrics of the model after its last step."""
     config, task = load_task(config, device)
     if peer is not None:
         task.model.quantizer = peer(config.codebook_size).to(device)
@@ -134,7 +136,6 @@ def trained(
     first = next(source).to(device)
     task.start(first)
     task.model.train()
-    started = time.perf_counter()
     for step, batch in zip(range(config.steps), source, strict=False):
         set_learning_rates(optimizer, config, step)
         seen = task.step(batch.to(device))
@@ -142,8 +143,7 @@ def trained(
         seen.losses["loss"].backward()
         optimizer.step()
         task.steering.update(seen, step + 1, (step + 1) / config.steps)
-    seconds = time.perf_counter() - started
-    return task.evaluate("test") | {"seconds": seconds}
+    return task.evaluate("test")
 
 
 def report(rows: list[dict[str, str]]) -> None:
@@ -151,7 +151,7 @@ def report(rows: list[dict[str, str]]) -> None:
     print(headline(rows[0]))
     models = zip(*[iter(rows)] * len(METRICS), strict=True)
     print_table(
-        ["K", "quantizer", "hard error", "perplexity", "seconds", ""],
+        ["K", "quantizer", "hard error", "perplexity", ""],
         [
             [of[0]["codes"], of[0]["candidate"], *(row["p50"] for row in of), of[0]["status"]]
             for of in models
