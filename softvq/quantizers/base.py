@@ -131,6 +131,7 @@ class Quantizer(nn.Module):
     @codebook.setter
     @torch.no_grad()
     def codebook(self, codes: Tensor) -> None:
+        """Copy codes of the same shape in. Raises ValueError for another one."""
         shape = self.codebook.shape
         if codes.shape != shape:
             raise ValueError(f"codebook must be {tuple(shape)}, got {tuple(codes.shape)}")
@@ -240,11 +241,10 @@ class Quantizer(nn.Module):
         """What meets the codes: (..., D), with heads (..., heads, D), of x (..., dim)."""
         z = self.project_in(x)
         z = z if self.heads == 1 else z.unflatten(-1, (self.heads, self.codebook_dim))
-        return (
-            normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1).to(z.dtype)
-            if self.use_cosine_sim
-            else z
-        )
+        if not self.use_cosine_sim:
+            return z
+        precise = z.to(torch.promote_types(z.dtype, torch.float32))
+        return normalize(precise, dim=-1).to(z.dtype)
 
     def _outputs(self, codes: Tensor) -> Tensor:
         """(..., dim) of codes (..., D), with heads (..., heads, D)."""
