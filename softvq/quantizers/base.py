@@ -82,8 +82,11 @@ class Quantizer(nn.Module):
         entropy_temperature: float = 1.0,
     ):
         super().__init__()
-        check_counts(dim=dim, codebook_size=codebook_size, heads=heads, codebook_dim=codebook_dim)
-        check_weights(kmeans_iters=kmeans_iters, entropy_weight=entropy_weight)
+        check_counts(
+            1, dim=dim, codebook_size=codebook_size, heads=heads, codebook_dim=codebook_dim
+        )
+        check_counts(0, kmeans_iters=kmeans_iters)
+        check_weights(entropy_weight=entropy_weight)
         check_positive(entropy_temperature=entropy_temperature)
         if codebook_dim is None and dim % heads:
             raise ValueError(f"dim {dim} does not divide into {heads} heads; give codebook_dim")

@@ -17,6 +17,7 @@ CASES = {
     "kmeans": (EMAVQ, {"kmeans_init": True, "threshold_ema_dead_code": 1.0}),
     "cosine": (EMAVQ, {"kmeans_init": True, "use_cosine_sim": True}),
     "parameters": (VQ, {"kmeans_init": True}),
+    "seeds": (VQ, {"kmeans_init": True, "kmeans_iters": 0}),
     "apart": (EMAVQ, {"sync_codebook": False}),
 }
 

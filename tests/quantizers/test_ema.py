@@ -160,6 +160,16 @@ def test_cosine_statistics_are_those_of_directions():
     torch.testing.assert_close(vq.codebook, torch.nn.functional.normalize(vq.sums[0], dim=-1))
 
 
+def test_statistics_do_not_follow_a_model_to_half_precision():
+    vq = EMAVQ(DIM, CODES, codebook_dim=2)
+    before = vq.codebook.clone()
+    vq.bfloat16()
+    assert vq.project_in.weight.dtype == torch.bfloat16
+    assert torch.equal(vq.codebook, before) and vq.counts.dtype == torch.float32
+    assert vq(torch.randn(20, DIM).bfloat16())[0].dtype == torch.bfloat16
+    assert vq.double().codebook.dtype == torch.float64
+
+
 def test_the_backward_pass_survives_the_update():
     vq = EMAVQ(DIM, CODES, entropy_weight=1.0)
     quantized, _, loss = vq(torch.randn(20, DIM, requires_grad=True))

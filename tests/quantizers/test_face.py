@@ -126,7 +126,7 @@ def test_codes_are_read_and_written(kind):
 
 
 def test_a_masked_position_has_no_output_even_through_a_projection():
-    vq = layer(VQ, codebook_dim=3, heads=2)
+    vq = layer(VQ, codebook_dim=4, heads=2)
     output = vq.get_output_from_indices(torch.tensor([[0, 1], [-1, -1]]))
     assert output[0].abs().min() > 0 and torch.equal(output[1], torch.zeros(DIM))
 
@@ -281,7 +281,7 @@ def test_an_unused_code_leaves_the_regulariser_finite():
         ({"dim": 0}, ValueError, "dim must be at least 1, got 0"),
         ({"heads": 2.0}, TypeError, "heads must be a whole number, got 2.0"),
         ({"heads": 4}, ValueError, "dim 6 does not divide into 4 heads; give codebook_dim"),
-        ({"kmeans_iters": -1}, ValueError, "kmeans_iters must be .* from 0 up, got -1"),
+        ({"kmeans_iters": -1}, ValueError, "kmeans_iters must be at least 0, got -1"),
         ({"entropy_weight": -1.0}, ValueError, "entropy_weight must be .* got -1.0"),
         ({"entropy_temperature": 0.0}, ValueError, "entropy_temperature must be .* got 0.0"),
         ({"rotation": True}, TypeError, "unexpected keyword argument 'rotation'"),
