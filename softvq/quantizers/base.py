@@ -30,10 +30,15 @@ class QuantizerOptions(TypedDict, total=False):
 
 
 class Quantized(Protocol):
-    """What `quantize` returns, at least: values (..., D) and int64 indices (...)."""
+    """What `quantize` returns, at least."""
 
-    quantized: Tensor
-    indices: Tensor
+    @property
+    def quantized(self) -> Tensor:
+        """Values (..., D)."""
+
+    @property
+    def indices(self) -> Tensor:
+        """Codes (...) int64."""
 
 
 class Quantizer(nn.Module):
