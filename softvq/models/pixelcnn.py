@@ -134,7 +134,7 @@ class PixelCNN(nn.Module):
         context = self._context(labels, condition, indices.shape)
         for i in range(height):
             # The rows above are complete: the vertical stack runs once per row.
-            seen = context if context is None or context.shape[2] == 1 else context[:, :, : i + 1]
+            seen = None if context is None else context[:, :, : i + 1]
             above = [a[:, :, i:] for a in self._down(self._embed(indices[:, : i + 1]), seen)]
             for j in range(width):
                 logits = self._across(self._embed(indices[:, i : i + 1]), above)[:, 0, j]
