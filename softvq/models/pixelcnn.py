@@ -123,9 +123,12 @@ class PixelCNN(nn.Module):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw codes (count, h, w) int64 one after the other, in eval mode.
+        """Draw codes (count, h, w) int64 one after the other; put the network in eval mode first.
 
-        The logits are divided by the temperature; below 1 the likelier codes are preferred.
+        Args:
+            grid: (h, w). labels: (count,) int64. condition: (count, h', w') int64.
+            temperature: divides the logits; below 1 the likelier codes are preferred.
+            generator: of the network's device; equal generators draw equal codes.
         """
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
@@ -260,7 +263,7 @@ class CodePrior(nn.Module):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        """Draw codes level by level, name → (count, h, w) int64; labels (count,) int64."""
+        """Draw codes level by level, name → (count, h, w) int64. Arguments as for PixelCNN."""
         codes: dict[str, Tensor] = {}
         for name, level in self.levels.items():
             codes[name] = self.networks[name].sample(
