@@ -54,7 +54,8 @@ class PixelCNN(nn.Module):
         codebook_size: K, the number of values an index may take.
         classes: number of class labels; 0 for a prior that knows none.
         condition_size: codebook size of a coarser grid of codes that is given whole; 0 for none.
-        width: channels of both stacks. layers: gated layers. kernel: odd, of the convolutions.
+        width: channels of both stacks. kernel: odd, of the convolutions.
+        layers: gated layers; L of them look back 1 + L·(kernel // 2) rows.
         dropout: on the gated features that the horizontal residuals read.
     """
 
@@ -65,9 +66,9 @@ class PixelCNN(nn.Module):
         classes: int = 0,
         condition_size: int = 0,
         width: int = 64,
-        layers: int = 8,
+        layers: int = 4,
         kernel: int = 3,
-        dropout: float = 0.1,
+        dropout: float = 0.0,
     ):
         super().__init__()
         if kernel < 3 or kernel % 2 == 0:
@@ -207,9 +208,9 @@ class CodePrior(nn.Module):
         *,
         classes: int = 0,
         width: int = 64,
-        layers: int = 8,
+        layers: int = 4,
         kernel: int = 3,
-        dropout: float = 0.1,
+        dropout: float = 0.0,
     ):
         super().__init__()
         self.levels = dict(levels)
