@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from softvq.data import DataError, load_data
-from softvq.training.commands import decode, encode, evaluate_run, read_codes, reconstruct
+from softvq.models import LEVEL, CodeLevel
+from softvq.training.codes import SPLITS, read_codes
+from softvq.training.commands import decode, encode, evaluate_run, reconstruct
 from softvq.training.run_folder import RunError, RunFolder
-
-SPLITS = ("train", "validation", "test")
 
 
 @pytest.fixture
@@ -55,8 +55,8 @@ def test_encode_and_decode_go_round(run, codes, tmp_path):
             assert np.array_equal(file[f"{name}_labels"], split.labels)
         indices = torch.from_numpy(file["test"]).long()
     with torch.no_grad():
-        assert torch.equal(model.encode_indices(data.test.images / 255), indices)
-        wanted = model.decode_indices(indices).mul(255).round().byte()
+        assert torch.equal(model.encode_indices(data.test.images / 255)[LEVEL], indices)
+        wanted = model.decode_indices({LEVEL: indices}).mul(255).round().byte()
 
     out = decode(run, codes, "test", tmp_path / "decoded")
     paths = sorted(out.iterdir())
@@ -161,7 +161,7 @@ def test_codes_of_another_model(run, tmp_path, grids):
 
 def test_a_split_the_file_does_not_hold(run, codes):
     with pytest.raises(DataError, match=r"codes\.npz: holds no codes named 'holiday'"):
-        read_codes(codes, "holiday", run.read_config())
+        read_codes(codes, "holiday", {LEVEL: CodeLevel((2, 2), 8)})
 
 
 def test_an_unfinished_run_has_no_model(run):

@@ -164,7 +164,7 @@ def test_the_gap_has_a_curve_beside_both_errors(finished: Path) -> None:
         "Perplexity",
         "Training loss",
     ]
-    assert "Not recorded in this run: Codebook usage." in page.text
+    assert "Not recorded in this run: Codebook usage; Bits per latent." in page.text
 
 
 def test_an_unfinished_run_says_so_and_shows_what_there_is(tmp_path: Path) -> None:
@@ -174,8 +174,7 @@ def test_an_unfinished_run_says_so_and_shows_what_there_is(tmp_path: Path) -> No
         "This run has not finished",
         "step 20 · numbers from validation at step 10",
         "1 torn line of metrics.jsonl left out",
-        "no reconstructions.png",
-        "no codebook_usage.png",
+        "There are no pictures yet.",
         "Soft-hard gap 0.05 +250% on the soft error",
         "Images / second 1,234 in training",
     ):

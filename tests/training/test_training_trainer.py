@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from softvq.cli import main
-from softvq.training import trainer
+from softvq.training import steering
 from softvq.training.run_folder import RunFolder
 from softvq.training.trainer import Trainer, TrainingError, batches, set_learning_rates, train
 
@@ -54,13 +54,14 @@ def test_a_run_leaves_all_its_files(tiny_run):
         "checkpoints",
         "model.safetensors",
         "reconstructions.png",
+        "samples.png",
         "codebook_usage.png",
         "report.html",
         "summary.json",
     }
     assert tomllib.loads((tiny_run / "config.toml").read_text())["steps"] == 12
     assert "step-12" in {path.name for path in (tiny_run / "checkpoints").iterdir()}
-    for name in ("reconstructions.png", "codebook_usage.png"):
+    for name in ("reconstructions.png", "samples.png", "codebook_usage.png"):
         Image.open(tiny_run / name).verify()
     assert (tiny_run / "report.html").read_text().lower().startswith("<!doctype html>")
     RunFolder(tiny_run).load_model(torch.device("cpu"))
@@ -113,8 +114,8 @@ def test_the_seed_matters(config, tiny_run, tmp_path):
 @pytest.fixture
 def busy(config, monkeypatch):
     """Settings under which every part with a state is at work within the 12 steps."""
-    monkeypatch.setattr(trainer, "RESTART_EVERY", 2)
-    monkeypatch.setattr(trainer, "RESTART_FROM", 0.0)
+    monkeypatch.setattr(steering, "RESTART_EVERY", 2)
+    monkeypatch.setattr(steering, "RESTART_FROM", 0.0)
     monkeypatch.setattr("softvq.training.temperature.MEASURE_EVERY", 3)
     return dataclasses.replace(config, dead_code_threshold=0.9, decoder_input="quantized")
 
