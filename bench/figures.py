@@ -134,10 +134,27 @@ def accuracy(rows: Rows) -> Figure | None:
     return figure
 
 
+def collapse(rows: Rows) -> Figure | None:
+    """Perplexity against K: how many of its codes each quantizer keeps in use."""
+    rows = [r for r in rows if (r["command"], r["metric"]) == ("quality", "perplexity")]
+    if not rows:
+        return None
+    figure, (axes,) = _panels(1, rows[0], f"perplexity of the test split, {rows[0]['rows']} steps")
+    lines = _lines(rows, "codes")
+    _draw(axes, lines)
+    ends = sorted(float(k) for k in _values(rows, "codes"))
+    axes.plot(ends, ends, "--", color=QUIET, lw=0.8)
+    axes.annotate("K", (ends[-1], ends[-1]), color=QUIET, va="bottom")
+    axes.set(xlabel="codes K", ylabel="perplexity")
+    _name(axes, lines)
+    return figure
+
+
 FIGURES: dict[str, Callable[[Rows], Figure | None]] = {
     "time": time,
     "memory": memory,
     "accuracy": accuracy,
+    "collapse": collapse,
 }
 
 

@@ -14,8 +14,7 @@ from bench.measure import Clock, bounded_memory, peak_bytes, quantiles, reason
 from bench.op import free
 from bench.results import OUT, Results, Row, headline, print_table, version
 from softvq import SoftQuantized
-from softvq.models import SoftVQVAE
-from softvq.models.soft_vqvae import LossWeights
+from softvq.models import LossWeights, SoftVQVAE
 from softvq.quantizers import SoftVQ
 
 IMAGE, GRID, DIM = (3, 32, 32), (8, 8), 64

@@ -28,6 +28,7 @@ from softvq.training.settings import (
 )
 
 EPOCHS, MIN_STEPS = 15, 1500  # of a run that is not told how long to be
+PIXEL_DEVIATION = 0.2  # of p(x|z) in a VAE that is not told its reconstruction weight
 
 Model = Literal[
     "soft-vqvae",
@@ -110,9 +111,10 @@ class TrainConfig:
         "difference that is trained; metrics are always squared",
     )
     reconstruction_weight: float | None = setting(
-        each(QUANTISED, 10.0, soft_vqvae=1e4, ae=1.0, vae=1e4, cvae=1e4),
+        each(QUANTISED, 10.0, soft_vqvae=1e4, ae=1.0, vae=None, cvae=None),
         "losses",
-        "weight of ‖X−X̂‖² (a mean)",
+        "weight of ‖X−X̂‖² (a mean); default for vae and cvae: that of a Gaussian of deviation "
+        f"{PIXEL_DEVIATION}",
     )
     quantizing_weight: float | None = setting(
         each(QUANTISED, 1.0), "losses", "weight of the codebook loss"
@@ -257,14 +259,16 @@ class TrainConfig:
         """
         steps = self.steps or max(MIN_STEPS, EPOCHS * examples // self.batch_size)
         every = self.evaluate_every or max(1, steps // 20)
-        grid = self.latent_grid
-        if image_shape is not None and grid is None:
+        grid, weight = self.latent_grid, self.reconstruction_weight
+        if image_shape is not None:
             one = self.architecture == "dense" or self.model in CONTINUOUS
             _, height, width = image_shape
-            grid = "1x1" if one else f"{max(height // 4, 1)}x{max(width // 4, 1)}"
+            grid = grid or ("1x1" if one else f"{max(height // 4, 1)}x{max(width // 4, 1)}")
+            weight = weight or math.prod(image_shape) / (2 * PIXEL_DEVIATION**2)
         return dataclasses.replace(
             self,
             latent_grid=grid,
+            reconstruction_weight=weight,
             data_dir=None if self.data_dir is None else self.data_dir.absolute(),
             tokenizer=None if self.tokenizer is None else self.tokenizer.absolute(),
             steps=steps,

@@ -4,7 +4,8 @@ import dataclasses
 import difflib
 import tomllib
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -52,19 +53,21 @@ def fill_defaults(settings: Any) -> None:
             )
 
 
-def describe_default(item: dataclasses.Field[Any], models: tuple[str, ...]) -> str:
-    """ "; default: …" of a field, and which models have it if not all of `models`."""
-    defaults: Mapping[str, Any] = item.metadata.get("defaults", {"": item.default})
-    by_value: dict[Any, list[str]] = {}
-    for model, value in defaults.items():
-        if value is not None:
-            by_value.setdefault(value, []).append(model)
-    everywhere = defaults.keys() == {""} or set(defaults) == set(models)
-    only = "" if everywhere else f"; only for {', '.join(defaults)}"
-    if len(by_value) == 1:
-        return f"{only}; default: {next(iter(by_value))}"
-    values = "; ".join(f"{value} for {', '.join(names)}" for value, names in by_value.items())
-    return f"; default: {values}" if by_value else only
+def describe_default(item: dataclasses.Field[Any], models: Sequence[str]) -> str:
+    """ "; only for …; default: …" of a field, as far as there is something to say."""
+    defaults: Mapping[str, Any] = item.metadata.get("defaults", dict.fromkeys(models, item.default))
+    others = [model for model in models if model not in defaults]
+    which = f"not for {', '.join(others)}" if others else ""
+    if len(others) > len(defaults):
+        which = f"only for {', '.join(defaults)}"
+    values = Counter(value for value in defaults.values() if value is not None).most_common()
+    default = ""
+    if values:
+        usual, *exceptions = (value for value, _ in values)
+        default = f"default: {usual}"
+        for value in exceptions:
+            default += f", {value} for {', '.join(m for m in defaults if defaults[m] == value)}"
+    return "".join(f"; {part}" for part in (which, default) if part)
 
 
 def value_types(settings: type) -> dict[str, Any]:

@@ -261,4 +261,6 @@ def test_defaults_in_words():
     assert describe_default(fields["decay"], MODELS) == (
         "; only for vqvae-ema, vqvae2; default: 0.99"
     )
-    assert "0.25 for vqvae" in describe_default(fields["commitment_weight"], MODELS)
+    assert describe_default(fields["commitment_weight"], MODELS) == (
+        "; only for soft-vqvae, vqvae, vqvae-ema, vqvae2; default: 0.25, 0.0 for soft-vqvae"
+    )

@@ -1,0 +1,159 @@
+"""What each quantizer reaches in one net on one data set, and how many codes it keeps in use.
+
+Every row has the same encoder and decoder, first weights, batches, steps and optimizer, and is
+measured on the whole test split with the decoder fed the nearest codes.
+"""
+
+import argparse
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bench.results import OUT, Results, Row, headline, print_table, version
+from softvq.training.config import TrainConfig
+from softvq.training.trainer import batches, build_optimizer, load_task, set_learning_rates
+
+DIM = 16
+NET: dict[str, Any] = {"latent_dim": DIM, "width": 16, "residual_blocks": 1, "batch_size": 256}
+PEER = "vector-quantize-pytorch"
+METRICS = ("reconstruction_hard_error", "perplexity")
+
+
+class PeerVQ(nn.Module):
+    """vector-quantize-pytorch's layer with the call of ours."""
+
+    def __init__(self, codes: int, **options: Any):
+        super().__init__()
+        from vector_quantize_pytorch import VectorQuantize
+
+        self.dim, self.codebook_size = DIM, codes
+        self.layer = VectorQuantize(dim=DIM, codebook_size=codes, **options)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantized, indices and loss of x (B, h, w, dim)."""
+        quantized, indices, loss = self.layer(x.flatten(1, 2))
+        return quantized.view(x.shape), indices.view(x.shape[:-1]), loss.sum()
+
+
+class Entry(NamedTuple):
+    """A row: settings of our trainer, and another's layer in place of the quantizer."""
+
+    settings: dict[str, Any]
+    peer: Callable[[int], nn.Module] | None = None
+
+
+QUANTISED = {"decoder_input": "quantized", "kl_weight": 0.0}
+ENTRIES = {
+    "softvq VQ, random start": Entry({"model": "vqvae", "codebook_start": "random"}),
+    "softvq VQ": Entry({"model": "vqvae"}),
+    "softvq EMAVQ": Entry({"model": "vqvae-ema"}),
+    "softvq GumbelVQ": Entry({"model": "vqvae-gumbel"}),
+    "softvq SoftVQ": Entry({"model": "soft-vqvae", **QUANTISED}),
+    # Its README's three settings: the first example, and its two cures for unused codes.
+    f"{PEER}, first example": Entry(
+        {"model": "vqvae"}, lambda k: PeerVQ(k, decay=0.8, commitment_weight=1.0)
+    ),
+    f"{PEER}, k-means and restarts": Entry(
+        {"model": "vqvae"}, lambda k: PeerVQ(k, kmeans_init=True, threshold_ema_dead_code=2)
+    ),
+    f"{PEER}, cosine similarity": Entry(
+        {"model": "vqvae"}, lambda k: PeerVQ(k, use_cosine_sim=True, threshold_ema_dead_code=2)
+    ),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m bench quality`."""
+    parser = argparse.ArgumentParser(prog="python -m bench quality", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--data", default="fashion-mnist")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--codes", type=int, nargs="+", default=[64, 128, 256, 512], help="K")
+    parser.add_argument("--peer-codes", type=int, nargs="+", default=[256], help="K of the peers")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time, a thread each")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the devices' folders")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    names = ("data", "data_dir", "steps", "seed")
+    settings = {name: getattr(options, name) for name in names}
+    runs = [
+        (name, settings | {"codebook_size": codes}, device)
+        for name, entry in ENTRIES.items()
+        for codes in (options.peer_codes if entry.peer else options.codes)
+    ]
+    results = Results(options.out, device)
+    rows: list[Row] = []
+    # Processes that start afresh: OpenMP's threads do not survive a fork.
+    pool = ProcessPoolExecutor(
+        options.jobs, get_context("spawn"), torch.set_num_threads, (1,), max_tasks_per_child=1
+    )
+    with pool:
+        for found in pool.map(measure, *zip(*runs, strict=True)):
+            rows += found
+            report(results.replace("quality", rows))
+    return 0
+
+
+def measure(name: str, settings: dict[str, Any], device: torch.device) -> list[Row]:
+    """One row for each metric of a trained model."""
+    entry = ENTRIES[name]
+    config = TrainConfig(**NET, **entry.settings, **settings)
+    try:
+        values, status = trained(config, entry.peer, device), "ok"
+    except ImportError as error:
+        values, status = dict.fromkeys(METRICS, ""), f"needs {error.name}"
+    return [
+        {
+            "candidate": name,
+            "version": version(PEER if entry.peer else "softvq"),
+            "rows": config.steps,
+            "codes": config.codebook_size,
+            "dim": config.latent_dim,
+            "metric": metric,
+            "p50": values[metric],
+            "status": status,
+        }
+        for metric in METRICS
+    ]
+
+
+def trained(
+    config: TrainConfig, peer: Callable[[int], nn.Module] | None, device: torch.device
+) -> dict[str, float]:
+    """Metrics of the model after its last step."""
+    config, task = load_task(config, device)
+    if peer is not None:
+        task.model.quantizer = peer(config.codebook_size).to(device)
+    optimizer = build_optimizer(config, task.model)
+    source = batches(task.examples, config.batch_size, config.seed, 0)
+    first = next(source).to(device)
+    task.start(first)
+    task.model.train()
+    for step, batch in zip(range(config.steps), source, strict=False):
+        set_learning_rates(optimizer, config, step)
+        seen = task.step(batch.to(device))
+        optimizer.zero_grad(set_to_none=True)
+        seen.losses["loss"].backward()
+        optimizer.step()
+        task.steering.update(seen, step + 1, (step + 1) / config.steps)
+    return task.evaluate("test")
+
+
+def report(rows: list[dict[str, str]]) -> None:
+    """A line for each model."""
+    print(headline(rows[0]))
+    models = zip(*[iter(rows)] * len(METRICS), strict=True)
+    print_table(
+        ["K", "quantizer", "hard error", "perplexity", ""],
+        [
+            [of[0]["codes"], of[0]["candidate"], *(row["p50"] for row in of), of[0]["status"]]
+            for of in models
+        ],
+    )
