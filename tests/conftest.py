@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-from softvq.training.config import TrainConfig
+from softvq.training.config import IMAGES, QUANTISED, TrainConfig
 from softvq.training.trainer import train
 
 if torch.cuda.is_available():
@@ -38,18 +38,36 @@ def seeded():
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory):
-    """The folder of a finished run of a few steps on the digits. Copy it before changing it."""
-    run = tmp_path_factory.mktemp("tiny") / "run"
-    config = TrainConfig(
-        latent_dim=3,
-        codebook_size=8,
-        width=2,
-        steps=12,
-        batch_size=32,
-        evaluate_every=5,
-        checkpoint_every=4,
-        device="cpu",
-    )
-    assert train(config, run, quiet=True)
+def tiny_runs(tmp_path_factory):
+    """The folder of a finished run of a few steps on the digits, by model; of a pixelcnn also by
+    the model whose codes it learns. Copy it before changing it."""
+    folder = tmp_path_factory.mktemp("tiny")
+
+    def run(model, tokenizer="soft-vqvae"):
+        out = folder / (model if model in IMAGES else f"{model}-{tokenizer}")
+        if out.exists():
+            return out
+        options = {"codebook_size": 8} if model in QUANTISED else {}
+        if model in IMAGES:
+            options |= {"width": 2, "latent_dim": 3}
+        else:
+            options |= {"width": 4, "layers": 2, "tokenizer": run(tokenizer)}
+        config = TrainConfig(
+            model=model,
+            steps=12,
+            batch_size=32,
+            evaluate_every=5,
+            checkpoint_every=4,
+            device="cpu",
+            **options,
+        )
+        assert train(config, out, quiet=True)
+        return out
+
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_runs):
+    """The finished run of a Soft VQ-VAE. Copy it before changing it."""
+    return tiny_runs("soft-vqvae")

@@ -1,6 +1,7 @@
 """The command line: what it runs, and one clear line and exit status 2 for what it cannot."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from softvq.cli import main
 from softvq.training.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("train", "eval", "reconstruct", "encode", "decode", "report")
+COMMANDS = ("train", "eval", "reconstruct", "encode", "decode", "sample", "report")
 FAST = ("--steps", "2", "--width", "2", "--quiet")
 
 
@@ -103,8 +104,29 @@ def test_help_of_train_shows_every_setting_and_its_default(capsys):
     config = TrainConfig()
     for name in vars(config):
         assert f"--{name.replace('_', '-')} " in text
-    for default in ("128", "0.002", "exponential", "10000.0", "256,64", "free_energy"):
+    for default in ("128", "0.002", "exponential", "256,64", "free_energy"):
         assert f"default: {default}" in text
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("reconstruction-weight", "default: 10.0, 10000.0 for soft-vqvae, 1.0 for ae"),
+        ("temperature", "only for soft-vqvae, vqvae-gumbel; default: auto, 1 for vqvae-gumbel"),
+        ("decay", "only for vqvae-ema, vqvae2; default: 0.99"),
+        ("codebook-size", "not for ae, vae, cvae, pixelcnn; default: 128"),
+        ("width", "default: 32, 64 for pixelcnn"),
+        ("tokenizer", "only for pixelcnn"),
+        ("lr", "default: 0.002"),
+    ],
+)
+def test_help_of_train_shows_the_defaults_by_model(option, said, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    _, _, options = text.partition(" model: ")  # after the usage
+    _, _, rest = options.partition(f" --{option} ")
+    assert said in rest.partition(" --")[0]
 
 
 def test_version(capsys):
@@ -148,6 +170,21 @@ def test_the_command_itself(arguments, capsys):
         (("--config", "gone.toml"), "gone.toml: cannot read the configuration"),
         (("--resume",), "--resume needs the run folder: --out RUN"),
         (("--resume", "--out", "gone"), "gone: no run there (no config.toml)"),
+        (
+            ("--model", "vae", "--codebook-size", "8"),
+            "codebook_size: 8 does not apply to model vae, only to soft-vqvae, vqvae, ",
+        ),
+        (("--decay", "0.9"), "decay: 0.9 does not apply to model soft-vqvae, only to vqvae-ema"),
+        (
+            ("--model", "vqvae", "--tokenizer", "run"),
+            "tokenizer: run does not apply to model vqvae, only to pixelcnn",
+        ),
+        (
+            ("--model", "pixelcnn", "--tokenizer", "run", "--data", "digits"),
+            "data: digits does not apply to model pixelcnn, only to ",
+        ),
+        (("--model", "pixelcnn"), "tokenizer: a pixelcnn learns the codes of a trained model"),
+        (("--model", "pixelcnn", "--tokenizer", "gone"), "gone: no run there (no config.toml)"),
         (("--resume", "--overwrite"), "argument --overwrite: not allowed with argument --resume"),
         (("--out", "/proc/x"), "/proc/x: cannot write a run there ("),
     ],
@@ -243,11 +280,40 @@ def test_resume_without_a_usable_checkpoint(run, capsys):
     assert line.startswith(f"{run}: no checkpoint to resume from")
 
 
+def test_a_prior_from_the_training_to_the_picture(capsys, tmp_path):
+    assert main(["train", "--model", "vqvae", *FAST, "--out", "runs/codes"]) == 0
+    prior = ["train", "--model", "pixelcnn", "--tokenizer", "runs/codes", "--layers", "1", *FAST]
+    assert main(prior) == 0
+    run = tmp_path / "runs" / "codes-pixelcnn"  # named after the codes
+    assert (run / "summary.json").is_file()
+    # Where it is run from later does not matter.
+    assert f'tokenizer = "{tmp_path}/runs/codes"\n' in (run / "config.toml").read_text()
+    assert main([*prior, "--resume", "--out", str(run)]) == 0
+
+    assert main(["eval", str(run)]) == 0
+    lines = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    tested = json.loads((run / "summary.json").read_text())["test"]
+    assert float(lines["bits_per_dim"]) == pytest.approx(tested["bits_per_dim"], rel=1e-4)
+    drawing = ["sample", "runs/codes", "--prior", str(run), "--count", "3", "--class", "4"]
+    assert main([*drawing, "--temperature", "0.5", "--seed", "1", "-o", "drawn.png"]) == 0
+    Image.open("drawn.png").verify()
+    assert capsys.readouterr().out == "drawn.png\n"
+
+
+@pytest.mark.parametrize(("given", "drawn"), [((), 64), (("--count", "7"), 7)])
+def test_sample_draws_64_or_as_many_as_asked(given, drawn, tiny_runs, monkeypatch):
+    seen = []
+    monkeypatch.setattr("softvq.training.commands.save_rows", lambda path, rows: seen.extend(rows))
+    assert main(["sample", str(tiny_runs("vae")), *given, "-o", "drawn.png"]) == 0
+    assert sum(len(images) for _, images in seen) == drawn
+
+
 AFTERWARDS = {
     "eval": (),
     "reconstruct": ("gone.png",),
     "encode": ("-o", "codes.npz"),
     "decode": ("codes.npz", "-o", "decoded"),
+    "sample": ("-o", "drawn.png"),
     "report": (),
 }
 
@@ -265,7 +331,7 @@ def test_a_run_with_a_broken_configuration(command, run, capsys):
     assert line.startswith(f"{run}/config.toml: not valid TOML")
 
 
-@pytest.mark.parametrize("command", ["eval", "reconstruct", "encode", "decode"])
+@pytest.mark.parametrize("command", ["eval", "reconstruct", "encode", "decode", "sample"])
 @pytest.mark.parametrize("length", [0, 5, 300, -1], ids=str)
 def test_a_damaged_model(command, length, run, capsys):
     model = run / "model.safetensors"
@@ -309,6 +375,66 @@ def test_the_other_commands_refuse(arguments, message, run, tmp_path, capsys):
     pictures(tmp_path / "9x8", [(9, 8)] * 10)
     arguments = [str(run) if argument == "RUN" else argument for argument in arguments]
     assert refused(capsys, *arguments).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("sample", "{vqvae2}", "-o", "d.png"),
+            "{vqvae2}: its codes need a prior; train one with ",
+        ),
+        (
+            ("sample", "{vqvae2}", "--prior", "{vae}", "-o", "d.png"),
+            "{vae}: not a pixelcnn for codes such as those of {vqvae2}",
+        ),
+        (("sample", "{vqvae2}", "--prior", "gone", "-o", "d.png"), "gone: no run there ("),
+        (
+            ("sample", "{vae}", "--prior", "{pixelcnn}", "-o", "d.png"),
+            "{vae}: model vae has no codes for a prior",
+        ),
+        (
+            ("sample", "{pixelcnn}", "-o", "d.png"),
+            "{pixelcnn}: a run of a pixelcnn; give the model it decodes with, and this run as",
+        ),
+        (
+            ("sample", "{cvae}", "--class", "ten", "-o", "d.png"),
+            "class: 'ten' is not one of 0, 1, ",
+        ),
+        (("sample", "{vae}", "--class", "7", "-o", "d.png"), "class: '7' is not known: the model"),
+        (("sample", "{vae}", "--count", "0", "-o", "d.png"), "count: 0 is not allowed; it must be"),
+        (("sample", "{vae}", "--count", "x", "-o", "d.png"), "argument --count: invalid int value"),
+        (
+            ("sample", "{vae}", "--temperature", "0", "-o", "d.png"),
+            "temperature: 0.0 is not allowed; it must be above 0",
+        ),
+        (("sample", "{vae}"), "the following arguments are required: -o/--out"),
+        (("sample", "{vae}", "-o", "gone/d.png"), "gone/.d.png."),
+        (
+            ("reconstruct", "{cvae}", "d.png"),
+            "{cvae}: a cvae needs the class of each image; it cannot",
+        ),
+        (
+            ("reconstruct", "{pixelcnn}", "d.png"),
+            "{pixelcnn}: a pixelcnn needs codes, not images; it",
+        ),
+        (("encode", "{ae}", "-o", "codes.npz"), "{ae}: a run of model ae, which makes no codes of"),
+        (
+            ("decode", "{pixelcnn}", "codes.npz", "-o", "decoded"),
+            "{pixelcnn}: a run of model pixelcnn, which makes no codes of images",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_a_model_cannot_do(arguments, message, tiny_runs, tmp_path, capsys):
+    """{model} stands for its run."""
+
+    def filled(text):
+        return re.sub("{(.+?)}", lambda found: str(tiny_runs(found[1])), text)
+
+    message, *arguments = map(filled, (message, *arguments))
+    assert refused(capsys, *arguments).startswith(message)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_report_needs_metrics(run, capsys):

@@ -74,7 +74,6 @@ def test_images_to_grid_and_back(networks, shape, grid):
     assert features.shape == (4, *grid, FEATURES)
     output = decoder(features)
     assert output.shape == images.shape
-    assert output.min() >= 0 and output.max() <= 1
     output.square().sum().backward()
     for network in (encoder, decoder):
         assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())

@@ -9,6 +9,11 @@ from softvq.models import LEVEL, LossWeights, Networks, SoftVQVAE
 from softvq.quantizers import SoftVQ
 
 DIM, CODES, GRID, SHAPE = 4, 6, (2, 2), (1, 8, 8)
+OWN, SOFT, HARD = (
+    "reconstruction_error",
+    "reconstruction_quantizing_error",
+    "reconstruction_hard_error",
+)
 QUANTIZER_ONLY = LossWeights(reconstruction=0.0, quantizing=1.0, kl=0.0)
 RECONSTRUCTION_ONLY = LossWeights(reconstruction=1.0, quantizing=0.0, kl=0.0)
 
@@ -154,45 +159,45 @@ def test_evaluate_and_indices_agree(architecture, shape, grid):
     model = build(shape=shape, grid=grid, architecture=architecture).eval()
     images = torch.rand(5, *shape)
     seen = model.evaluate(images)
-    assert seen.indices.shape == (5, *grid) and seen.indices.dtype == torch.int64
-    assert torch.equal(model.encode_indices(images), seen.indices)
-    torch.testing.assert_close(model.decode_indices(seen.indices), seen.nearest_reconstruction)
-    codes = model.quantizer.get_codes_from_indices(seen.indices)
-    torch.testing.assert_close(model.decode(codes), seen.nearest_reconstruction)
+    indices, outputs = seen.indices[LEVEL], seen.outputs
+    assert indices.shape == (5, *grid) and indices.dtype == torch.int64
+    assert torch.equal(model.encode_indices(images)[LEVEL], indices)
+    torch.testing.assert_close(model.decode_indices(seen.indices), outputs[HARD])
+    codes = model.quantizer.get_codes_from_indices(indices)
+    torch.testing.assert_close(model.decode(codes), outputs[HARD])
 
     z = model.encode(images).mean
     soft = softvq.soft_quantize(z, model.quantizer.codebook, 1.5).quantized
-    torch.testing.assert_close(model.decode(soft), seen.soft_reconstruction)
-    torch.testing.assert_close(model.decode(z), seen.reconstruction)
-    torch.testing.assert_close(seen.quantizing_error, (z - soft).square().mean())
+    torch.testing.assert_close(model.decode(soft), outputs[SOFT])
+    torch.testing.assert_close(model.decode(z), outputs[OWN])
+    torch.testing.assert_close(seen.values["quantizing_error"], (z - soft).square().mean())
     p = softvq.assignment_probabilities(z, model.quantizer.codebook, 1.5)
-    torch.testing.assert_close(seen.max_probability, p.amax(-1).mean())
-    assert not seen.reconstruction.requires_grad
+    torch.testing.assert_close(seen.values["max_probability"], p.amax(-1).mean())
+    for output in outputs.values():
+        assert output.shape == images.shape and not output.requires_grad
+        assert output.min() >= 0 and output.max() <= 1
 
 
-@pytest.mark.parametrize(
-    ("estimator", "own"),
-    [("soft", "soft_reconstruction"), ("straight_through", "nearest_reconstruction")],
-)
+@pytest.mark.parametrize(("estimator", "own"), [("soft", SOFT), ("straight_through", HARD)])
 def test_a_quantized_model_reconstructs_from_its_own_q(images, estimator, own):
     model = build(decoder_input="quantized", quantizer={"estimator": estimator}).eval()
-    seen = model.evaluate(images)
-    assert torch.equal(seen.reconstruction, getattr(seen, own))
-    assert not torch.equal(seen.soft_reconstruction, seen.nearest_reconstruction)
+    outputs = model.evaluate(images).outputs
+    assert torch.equal(outputs[OWN], outputs[own])
+    assert not torch.equal(outputs[SOFT], outputs[HARD])
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1.0, 1e6])
 def test_max_probability_lies_between_even_and_certain(images, temperature):
     model = build(quantizer={"temperature": temperature}).eval()
-    value = model.evaluate(images).max_probability.item()
+    value = model.evaluate(images).values["max_probability"].item()
     assert 1 / CODES * 0.999 <= value <= 1
     if temperature != 1.0:
         assert value == pytest.approx(1 if temperature < 1 else 1 / CODES, rel=0.05)
 
 
 def test_kl_of_a_deterministic_model_is_zero(images):
-    assert build(LossWeights(kl=0.0)).eval().evaluate(images).kl == 0
-    assert build(LossWeights(kl=1.0)).eval().evaluate(images).kl > 0
+    assert build(LossWeights(kl=0.0)).eval().evaluate(images).values["kl"] == 0
+    assert build(LossWeights(kl=1.0)).eval().evaluate(images).values["kl"] > 0
 
 
 @pytest.mark.parametrize("architecture", ["conv"])

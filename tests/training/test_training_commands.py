@@ -1,5 +1,6 @@
 """What can be done with a finished run."""
 
+import itertools
 import json
 import shutil
 
@@ -9,20 +10,47 @@ import torch
 from PIL import Image
 
 from softvq.data import DataError, load_data
-from softvq.training.commands import decode, encode, evaluate_run, read_codes, reconstruct
+from softvq.models import LEVEL, CodeLevel
+from softvq.training import commands
+from softvq.training.codes import SPLITS, read_codes
+from softvq.training.commands import decode, encode, evaluate_run, reconstruct, sample
+from softvq.training.pictures import save_rows
 from softvq.training.run_folder import RunError, RunFolder
-
-SPLITS = ("train", "validation", "test")
+from softvq.training.settings import ConfigError
 
 
 @pytest.fixture
-def run(tiny_run, tmp_path):
-    return RunFolder(shutil.copytree(tiny_run, tmp_path / "run"))
+def copy_of(tiny_runs, tmp_path):
+    """The folder of a finished run, to be changed at will; arguments as for tiny_runs."""
+
+    def copy(*names):
+        run = tiny_runs(*names)
+        return RunFolder(shutil.copytree(run, tmp_path / "runs" / run.name))
+
+    return copy
+
+
+@pytest.fixture
+def run(copy_of):
+    return copy_of("soft-vqvae")
 
 
 @pytest.fixture
 def codes(run, tmp_path):
     return encode(run, None, None, tmp_path / "codes.npz")
+
+
+@pytest.fixture
+def saved_rows(monkeypatch):
+    """The labelled rows of the last picture that a command wrote."""
+    rows = []
+
+    def save(path, given):
+        rows[:] = given
+        save_rows(path, given)
+
+    monkeypatch.setattr(commands, "save_rows", save)
+    return rows
 
 
 def pictures(folder, size=(8, 8), count=10, mode="L"):
@@ -44,28 +72,60 @@ def test_eval_of_another_split(run):
     assert (run.path / "eval-validation.json").is_file()
 
 
-def test_encode_and_decode_go_round(run, codes, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "suffixes"),
+    [("soft-vqvae", {LEVEL: ""}), ("vqvae2", {"top": "_top", "bottom": "_bottom"})],
+)
+def test_encode_and_decode_go_round(copy_of, model, suffixes, tmp_path):
+    run = copy_of(model)
+    codes = encode(run, None, None, tmp_path / "codes.npz")
     data, model = load_data("digits"), run.load_model(torch.device("cpu"))
+    grids = {"": (2, 2), "_top": (1, 1), "_bottom": (2, 2)}
     with np.load(codes) as file:
-        assert {*SPLITS, *(f"{name}_labels" for name in SPLITS), "codebook_size"} == set(file)
+        names = {f"{split}{suffix}" for split in SPLITS for suffix in suffixes.values()}
+        assert {*names, *(f"{split}_labels" for split in SPLITS), "codebook_size"} == set(file)
         assert file["codebook_size"] == 8
-        for name in SPLITS:
-            split = getattr(data, name)
-            assert file[name].shape == (len(split), 2, 2) and file[name].dtype == np.int32
-            assert np.array_equal(file[f"{name}_labels"], split.labels)
-        indices = torch.from_numpy(file["test"]).long()
+        for split in SPLITS:
+            images = getattr(data, split)
+            for suffix in suffixes.values():
+                held = file[f"{split}{suffix}"]
+                assert held.shape == (len(images), *grids[suffix]) and held.dtype == np.int32
+            assert np.array_equal(file[f"{split}_labels"], images.labels)
+        indices = {
+            level: torch.from_numpy(file[f"test{suffix}"]).long()
+            for level, suffix in suffixes.items()
+        }
     with torch.no_grad():
-        assert torch.equal(model.encode_indices(data.test.images / 255), indices)
+        encoded = model.encode_indices(data.test.images / 255)
+        assert encoded.keys() == indices.keys()
+        assert all(torch.equal(encoded[level], indices[level]) for level in indices)
         wanted = model.decode_indices(indices).mul(255).round().byte()
 
     out = decode(run, codes, "test", tmp_path / "decoded")
     paths = sorted(out.iterdir())
-    assert [path.name for path in paths] == [f"{n:05}.png" for n in range(len(indices))]
+    assert [path.name for path in paths] == [f"{n:05}.png" for n in range(len(wanted))]
     for path, image in zip(paths, wanted, strict=True):
         with Image.open(path) as picture:
             assert picture.mode == "L"
             # Another batch size may round the other way.
             assert np.abs(np.array(picture, int) - image[0].numpy()).max() <= 1
+
+
+def test_a_file_without_one_of_the_levels(copy_of, run, codes, tmp_path):
+    with pytest.raises(DataError, match=r"codes\.npz: holds no codes named 'test_top'"):
+        decode(copy_of("vqvae2"), codes, "test", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model", ["ae", "vae", "cvae", "pixelcnn"])
+def test_a_model_without_codes_of_images_neither_encodes_nor_decodes(tiny_runs, model, tmp_path):
+    run = RunFolder(tiny_runs(model))
+    message = f"{model}.*: a run of model {model}, which makes no codes of images"
+    with pytest.raises(RunError, match=message):
+        encode(run, None, None, tmp_path / "codes.npz")
+    with pytest.raises(RunError, match=message):
+        decode(run, tmp_path / "codes.npz", "test", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_encode_other_images_of_the_same_shape(run, tmp_path):
@@ -89,6 +149,36 @@ def test_reconstruct_pages_through_files_and_folders(run, tmp_path):
     assert [page.name for page in pages] == ["reconstructions-0.png", "reconstructions-1.png"]
     for page in pages:
         Image.open(page).verify()
+
+
+@pytest.mark.parametrize(
+    ("model", "shown"),
+    [
+        ("soft-vqvae", ["input", "reconstruction", "soft codes", "nearest codes"]),
+        ("vqvae", ["input", "reconstruction"]),  # which is that of the nearest codes
+        ("vqvae2", ["input", "reconstruction"]),
+        ("vae", ["input", "reconstruction"]),
+    ],
+)
+def test_reconstruct_shows_what_the_model_can_make(tiny_runs, saved_rows, model, shown, tmp_path):
+    folder = pictures(tmp_path / "pictures", count=3)
+    run = RunFolder(tiny_runs(model))
+    reconstruct(run, [folder], tmp_path / "out")
+    assert [label for label, _ in saved_rows] == shown
+    assert all(images.shape == (3, 1, 8, 8) for _, images in saved_rows)
+    outputs = run.load_model(torch.device("cpu")).evaluate(saved_rows[0][1]).outputs
+    assert torch.equal(saved_rows[1][1], outputs["reconstruction_error"])
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("cvae", "a cvae needs the class of each image"), ("pixelcnn", "a pixelcnn needs codes")],
+)
+def test_reconstruct_of_a_model_that_needs_more_than_images(tiny_runs, model, message, tmp_path):
+    folder = pictures(tmp_path / "pictures", count=1)
+    with pytest.raises(RunError, match=message):
+        reconstruct(RunFolder(tiny_runs(model)), [folder], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_reconstruct_names_an_image_of_another_size(run, tmp_path):
@@ -161,7 +251,7 @@ def test_codes_of_another_model(run, tmp_path, grids):
 
 def test_a_split_the_file_does_not_hold(run, codes):
     with pytest.raises(DataError, match=r"codes\.npz: holds no codes named 'holiday'"):
-        read_codes(codes, "holiday", run.read_config())
+        read_codes(codes, "holiday", {LEVEL: CodeLevel((2, 2), 8)})
 
 
 def test_an_unfinished_run_has_no_model(run):
@@ -175,3 +265,133 @@ def test_a_model_of_other_settings(run):
     run.config.write_text(text.replace("codebook_size = 8", "codebook_size = 9"))
     with pytest.raises(RunError, match=r"does not fit the run's config\.toml"):
         evaluate_run(run, "test")
+
+
+WITHOUT_PRIOR = [("vae", None), ("cvae", None), ("ae", None)]
+SAMPLED = [*WITHOUT_PRIOR, ("soft-vqvae", "pixelcnn"), ("vqvae2", "pixelcnn")]
+sampled_models = pytest.mark.parametrize(("model", "prior"), SAMPLED)
+
+
+@pytest.fixture
+def draw(tiny_runs, saved_rows, tmp_path):
+    """Sample a finished run: the bytes of the picture and its rows, label → images."""
+
+    def call(model, prior=None, count=5, class_name=None, *, temperature=1.0, seed=0):
+        out = tmp_path / "samples.png"
+        prior = prior and RunFolder(tiny_runs(prior, model))
+        run, options = RunFolder(tiny_runs(model)), {"temperature": temperature, "seed": seed}
+        assert sample(run, prior, count, class_name, **options, out=out) == out
+        names = [label for label, _ in saved_rows]
+        starts = [i for i, name in enumerate(names) if name] + [len(names)]
+        return out.read_bytes(), {
+            names[i]: torch.cat([images for _, images in saved_rows[i:j]])
+            for i, j in itertools.pairwise(starts)
+        }
+
+    return call
+
+
+@sampled_models
+def test_the_seed_repeats_the_samples_and_nothing_else_matters(draw, model, prior):
+    one, _ = draw(model, prior, seed=3)
+    torch.manual_seed(1234)
+    again, _ = draw(model, prior, seed=3)
+    other, _ = draw(model, prior, seed=4)
+    assert one == again != other
+
+
+@pytest.mark.parametrize("count", [1, 30])
+@sampled_models
+def test_as_many_images_as_asked(draw, model, prior, count):
+    _, rows = draw(model, prior, count)
+    images = torch.cat(list(rows.values()))
+    assert images.shape == (count, 1, 8, 8)
+    assert images.min() >= 0 and images.max() <= 1
+
+
+@pytest.mark.parametrize(("model", "prior"), [("cvae", None), ("vqvae2", "pixelcnn")])
+def test_all_classes_alike_or_one_alone(draw, model, prior):
+    _, rows = draw(model, prior, 30)
+    assert {name: len(images) for name, images in rows.items()} == dict.fromkeys("0123456789", 3)
+    _, rows = draw(model, prior, 15, "7")
+    assert {name: len(images) for name, images in rows.items()} == {"7": 15}
+
+
+def test_a_model_without_classes_calls_them_samples(draw):
+    assert list(draw("vae")[1]) == ["samples"]
+
+
+def test_the_class_is_decoded(draw, tiny_runs):
+    run = RunFolder(tiny_runs("cvae"))
+    model = run.load_model(torch.device("cpu"))
+    images = {name: draw("cvae", None, 4, name)[1][name] for name in "38"}
+    for name, drawn in images.items():
+        torch.manual_seed(0)
+        assert torch.equal(model.sample(torch.full((4,), int(name))), drawn)
+    assert not torch.equal(*images.values())
+
+
+@pytest.mark.parametrize("model", ["soft-vqvae", "vqvae2"])
+def test_samples_of_a_quantised_model_are_decoded_codes_of_the_prior(draw, tiny_runs, model):
+    prior = RunFolder(tiny_runs("pixelcnn", model)).load_model(torch.device("cpu"))
+    tokenizer = RunFolder(tiny_runs(model)).load_model(torch.device("cpu"))
+    _, rows = draw(model, "pixelcnn", 6, "5")
+    torch.manual_seed(0)
+    codes = prior.sample(6, torch.full((6,), 5))
+    with torch.no_grad():
+        torch.testing.assert_close(rows["5"], tokenizer.decode_indices(codes))
+
+
+def test_a_low_temperature_draws_the_likeliest_codes_alone(draw):
+    def different(temperature):
+        images = draw("vqvae2", "pixelcnn", 12, "5", temperature=temperature)[1]["5"]
+        return len(images.flatten(1).unique(dim=0))
+
+    assert different(1e-6) == 1
+    assert different(1.0) > 1
+
+
+@pytest.mark.parametrize(
+    ("model", "prior", "message"),
+    [
+        ("vqvae2", None, "its codes need a prior; train one with softvq train --model pixelcnn"),
+        ("vqvae2", ("vae",), "not a pixelcnn for codes such as those of .*vqvae2"),
+        ("vqvae2", ("vqvae2",), "not a pixelcnn for codes such as those of .*vqvae2"),
+        ("vqvae2", ("pixelcnn", "soft-vqvae"), "not a pixelcnn for codes such as those of"),
+        ("soft-vqvae", ("pixelcnn", "vqvae2"), "not a pixelcnn for codes such as those of"),
+        ("vae", ("pixelcnn",), "model vae has no codes for a prior"),
+        ("pixelcnn", None, "a run of a pixelcnn; give the model it decodes with"),
+    ],
+)
+def test_a_run_that_cannot_be_sampled_so(tiny_runs, tmp_path, model, prior, message):
+    prior = prior and RunFolder(tiny_runs(*prior))
+    with pytest.raises(RunError, match=message):
+        sample_into(tmp_path, RunFolder(tiny_runs(model)), prior)
+
+
+def sample_into(folder, run, prior=None, count=2, class_name=None, temperature=1.0):
+    """Sample, and whatever happens leave no picture."""
+    out = folder / "samples.png"
+    try:
+        sample(run, prior, count, class_name, temperature=temperature, seed=0, out=out)
+    finally:
+        assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("vae", {"count": 0}, "^count: 0 is not allowed; it must be at least 1"),
+        ("vae", {"count": -3}, "^count: -3 is not allowed"),
+        ("vae", {"temperature": 0.0}, r"^temperature: 0\.0 is not allowed; it must be above 0"),
+        ("vae", {"temperature": -1.0}, r"^temperature: -1\.0 is not allowed"),
+        ("vae", {"temperature": float("nan")}, "^temperature: nan is not allowed"),
+        ("vae", {"temperature": float("inf")}, "^temperature: inf is not allowed"),
+        ("vae", {"class_name": "7"}, "^class: '7' is not known: the model has none"),
+        ("cvae", {"class_name": "ten"}, "^class: 'ten' is not one of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
+    ],
+    ids=str,
+)
+def test_samples_that_cannot_be(tiny_runs, tmp_path, model, options, message):
+    with pytest.raises(ConfigError, match=message):
+        sample_into(tmp_path, RunFolder(tiny_runs(model)), **options)

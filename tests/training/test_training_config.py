@@ -254,6 +254,16 @@ def test_models_without_codes_have_one_latent_per_image():
     assert TrainConfig(model="vqvae").resolved(10, (1, 28, 28)).latent_grid == "7x7"
 
 
+def test_the_reconstruction_weight_of_a_vae_is_that_of_a_gaussian_over_its_pixels():
+    small, large = (
+        TrainConfig(model="vae").resolved(10, shape).reconstruction_weight
+        for shape in ((1, 8, 8), (3, 8, 16))
+    )
+    assert (small, large) == (pytest.approx(64 / (2 * 0.2**2)), pytest.approx(6 * small))
+    given = TrainConfig(model="cvae", reconstruction_weight=3.0).resolved(10, (1, 8, 8))
+    assert given.reconstruction_weight == 3
+
+
 def test_defaults_in_words():
     fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
     assert describe_default(fields["lr"], MODELS) == "; default: 0.002"

@@ -81,8 +81,10 @@ def validation_line(step: int) -> dict[str, object]:
     }
 
 
-def write_run(run: Path, lines: list[dict[str, object]], *, tail: str = "") -> Path:
-    (run / "config.toml").write_text(CONFIG)
+def write_run(
+    run: Path, lines: list[dict[str, object]], *, tail: str = "", config: str = CONFIG
+) -> Path:
+    (run / "config.toml").write_text(config)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (run / "metrics.jsonl").write_text(text + tail)
     return run
@@ -164,7 +166,108 @@ def test_the_gap_has_a_curve_beside_both_errors(finished: Path) -> None:
         "Perplexity",
         "Training loss",
     ]
-    assert "Not recorded in this run: Codebook usage." in page.text
+    assert "Not recorded in this run: Codebook usage; Bits per latent." in page.text
+
+
+def charts_of(page: Page) -> list[str]:
+    labels = [a["aria-label"] for tag, a in page.tags if tag == "svg" and "aria-label" in a]
+    return [label.split(".")[0] for label in labels]
+
+
+def headings_of_pictures(page: Page) -> list[str]:
+    groups = [a["aria-label"] for tag, a in page.tags if a.get("role") == "group"]
+    return [label.removesuffix(", scrollable") for label in groups]
+
+
+def write_finished_run(run: Path, model: str, test: dict[str, float], pictures: list[str]) -> Path:
+    train = {"step": 5, "split": "train", "loss": 0.5}
+    lines = [train, {"step": 5, "split": "validation"} | test, {"step": 5, "split": "test"} | test]
+    source = 'tokenizer = "/runs/codes"' if model == "pixelcnn" else 'data = "digits"'
+    size = "codebook_size = 64\n" if model == "vqvae2" else ""
+    write_run(run, lines, config=f'model = "{model}"\n{size}{source}\n')
+    for name in pictures:
+        save_rows(run / f"{name}.png", [("x", torch.rand(2, 1, 8, 8))])
+    (run / "summary.json").write_text(json.dumps({"test": test}))
+    return run
+
+
+def test_a_model_without_codes_has_an_error_instead_of_a_hard_one(tmp_path: Path) -> None:
+    test = {"reconstruction_error": 0.0123, "psnr": 19.1, "kl": 12.5}
+    page = report(write_finished_run(tmp_path, "vae", test, ["reconstructions", "samples"]))
+    assert page.text.startswith("vae on digits · softvq")
+    assert "Error 0.0123 per pixel" in page.text and "PSNR 19.10 dB" in page.text
+    assert "kl 12.5" in page.text
+    for absent in ("Hard", "gap 0", "Perplexity 1", "Codebook usage 1", "Bits"):
+        assert absent not in page.text.partition("Pictures")[0]
+    assert headings_of_pictures(page) == ["Reconstructions", "Samples"]
+    assert charts_of(page) == ["Reconstruction error", "Training loss"]
+
+
+def test_two_levels_of_codes_stand_side_by_side(tmp_path: Path) -> None:
+    test = {
+        "reconstruction_error": 0.01,
+        "reconstruction_hard_error": 0.01,
+        "psnr": 20.0,
+        "psnr_hard": 20.0,
+        "codebook_usage_top": 0.5,
+        "perplexity_top": 21.5,
+        "codebook_usage_bottom": 0.875,
+        "perplexity_bottom": 43.25,
+    }
+    pictures = ["codebook_usage_bottom", "codebook_usage_top", "samples", "reconstructions"]
+    page = report(write_finished_run(tmp_path, "vqvae2", test, pictures))
+    for text in (
+        "Codebook usage top 50.0%",
+        "Perplexity top 21.5 of 64 codes",
+        "Codebook usage bottom 87.5%",
+        "Perplexity bottom 43.25 of 64 codes",
+        "perplexity_bottom 43.25",
+    ):
+        assert text in page.text
+    assert headings_of_pictures(page) == [
+        "Reconstructions",
+        "Samples",
+        "Use of the top codebook",
+        "Use of the bottom codebook",
+    ]
+    labels = [a.get("aria-label", "") for tag, a in page.tags if tag == "svg"]
+    (perplexity,) = (label for label in labels if label and label.startswith("Perplexity."))
+    assert "validation top: from 21.5" in perplexity
+    assert "validation bottom: from 43.25" in perplexity
+
+
+def test_a_prior_is_judged_in_bits(tmp_path: Path) -> None:
+    test = {
+        "bits_per_latent": 3.25,
+        "order0_bits_per_latent": 4.5,
+        "uniform_bits_per_latent": 6.0,
+        "bits_per_dim": 2.125,
+        "bits_per_dim_of_codes": 0.25,
+    }
+    page = report(write_finished_run(tmp_path, "pixelcnn", test, ["samples"]))
+    assert page.text.startswith("pixelcnn on /runs/codes · softvq")
+    for text in (
+        "Bits per latent 3.25",
+        "Bits per dimension 2.125",
+        "order0_bits_per_latent 4.5",
+        "uniform_bits_per_latent 6",
+        "bits_per_dim_of_codes 0.25",
+    ):
+        assert text in page.text
+    assert "Error" not in page.text.partition("Pictures")[0]
+    assert headings_of_pictures(page) == ["Samples"]
+    assert charts_of(page) == ["Bits per latent", "Training loss"]
+
+
+@pytest.mark.parametrize("model", ["soft-vqvae", "vqvae", "vqvae2", "ae", "cvae", "pixelcnn"])
+def test_the_report_of_a_real_run_shows_all_its_pictures_and_metrics(model, tiny_runs) -> None:
+    run = tiny_runs(model)
+    page = Page((run / "report.html").read_text("utf-8"))
+    assert len(headings_of_pictures(page)) == len(list(run.glob("*.png")))
+    test = json.loads((run / "summary.json").read_text())["test"]
+    rows = page.text.partition("Meaning")[2].partition("Configuration")[0].split()
+    assert set(test) <= set(rows)
+    assert "This run has not finished" not in page.text
 
 
 def test_an_unfinished_run_says_so_and_shows_what_there_is(tmp_path: Path) -> None:
@@ -174,8 +277,7 @@ def test_an_unfinished_run_says_so_and_shows_what_there_is(tmp_path: Path) -> No
         "This run has not finished",
         "step 20 · numbers from validation at step 10",
         "1 torn line of metrics.jsonl left out",
-        "no reconstructions.png",
-        "no codebook_usage.png",
+        "There are no pictures yet.",
         "Soft-hard gap 0.05 +250% on the soft error",
         "Images / second 1,234 in training",
     ):

@@ -7,13 +7,15 @@ import re
 import shutil
 import signal
 import tomllib
+from functools import partial
 
 import pytest
 import torch
 from PIL import Image
 
 from softvq.cli import main
-from softvq.training import trainer
+from softvq.training import steering
+from softvq.training.config import MODELS
 from softvq.training.run_folder import RunFolder
 from softvq.training.trainer import Trainer, TrainingError, batches, set_learning_rates, train
 
@@ -42,6 +44,14 @@ def weights_of(run):
     return (run / "model.safetensors").read_bytes()
 
 
+def same_runs(one, other):
+    """Both left the same weights, metrics and pictures."""
+    assert weights_of(one) == weights_of(other)
+    assert metrics_of(one) == metrics_of(other)
+    pictures = [{p.name: p.read_bytes() for p in run.glob("*.png")} for run in (one, other)]
+    assert pictures[0] == pictures[1]
+
+
 @pytest.fixture
 def config(tiny_run):
     return RunFolder(tiny_run).read_config()
@@ -54,13 +64,14 @@ def test_a_run_leaves_all_its_files(tiny_run):
         "checkpoints",
         "model.safetensors",
         "reconstructions.png",
+        "samples.png",
         "codebook_usage.png",
         "report.html",
         "summary.json",
     }
     assert tomllib.loads((tiny_run / "config.toml").read_text())["steps"] == 12
     assert "step-12" in {path.name for path in (tiny_run / "checkpoints").iterdir()}
-    for name in ("reconstructions.png", "codebook_usage.png"):
+    for name in ("reconstructions.png", "samples.png", "codebook_usage.png"):
         Image.open(tiny_run / name).verify()
     assert (tiny_run / "report.html").read_text().lower().startswith("<!doctype html>")
     RunFolder(tiny_run).load_model(torch.device("cpu"))
@@ -95,14 +106,14 @@ def test_the_summary(tiny_run):
     assert summary["steps"] == 12
 
 
-def test_config_toml_alone_repeats_the_run(tiny_run, tmp_path):
-    again = tmp_path / "again"
+@pytest.mark.parametrize("model", MODELS)
+def test_config_toml_alone_repeats_the_run(model, tiny_runs, tmp_path):
+    run, again = tiny_runs(model), tmp_path / "again"
     torch.manual_seed(1234)  # nothing outside the file may matter
-    arguments = ["train", "--config", str(tiny_run / "config.toml"), "--out", str(again)]
+    arguments = ["train", "--config", str(run / "config.toml"), "--out", str(again)]
     assert main([*arguments, "--quiet"]) == 0
-    assert weights_of(again) == weights_of(tiny_run)
-    assert metrics_of(again) == metrics_of(tiny_run)
-    assert (again / "config.toml").read_text() == (tiny_run / "config.toml").read_text()
+    same_runs(again, run)
+    assert (again / "config.toml").read_text() == (run / "config.toml").read_text()
 
 
 def test_the_seed_matters(config, tiny_run, tmp_path):
@@ -110,13 +121,22 @@ def test_the_seed_matters(config, tiny_run, tmp_path):
     assert weights_of(tmp_path / "other") != weights_of(tiny_run)
 
 
+BUSY = {
+    "soft-vqvae": {"dead_code_threshold": 0.9, "decoder_input": "quantized"},
+    "vqvae-ema": {"dead_code_threshold": 0.9, "decay": 0.5},
+    "vqvae2": {"dead_code_threshold": 0.9, "decay": 0.5},
+}
+
+
 @pytest.fixture
-def busy(config, monkeypatch):
+def busy(request, tiny_runs, monkeypatch):
     """Settings under which every part with a state is at work within the 12 steps."""
-    monkeypatch.setattr(trainer, "RESTART_EVERY", 2)
-    monkeypatch.setattr(trainer, "RESTART_FROM", 0.0)
+    monkeypatch.setattr(steering, "RESTART_EVERY", 2)
+    monkeypatch.setattr(steering, "RESTART_FROM", 0.0)
     monkeypatch.setattr("softvq.training.temperature.MEASURE_EVERY", 3)
-    return dataclasses.replace(config, dead_code_threshold=0.9, decoder_input="quantized")
+    model = getattr(request, "param", "soft-vqvae")
+    config = RunFolder(tiny_runs(model)).read_config()
+    return dataclasses.replace(config, **BUSY.get(model, {}))
 
 
 def interrupt(monkeypatch, at, what):
@@ -135,22 +155,19 @@ def power_cut():
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_after_the_step_and_resume_goes_on_exactly(
-    busy, tmp_path, monkeypatch, number
-):
+@pytest.mark.parametrize("busy", MODELS, indirect=True)
+def test_a_signal_stops_after_the_step_and_resume_goes_on_exactly(busy, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(busy, whole, quiet=True)
     # Neither a validation nor a checkpoint is due at step 7.
-    for at in (7, 10):
+    for at, number in ((7, signal.SIGINT), (10, signal.SIGTERM)):
         with monkeypatch.context() as patch:
-            interrupt(patch, at, lambda: signal.raise_signal(number))
+            interrupt(patch, at, partial(signal.raise_signal, number))
             assert not train(busy, parts, resume=at > 7, quiet=True)
         assert f"step-{at}" in {path.name for path in (parts / "checkpoints").iterdir()}
         assert not (parts / "summary.json").exists()
     assert train(busy, parts, resume=True, quiet=True)
-    assert weights_of(parts) == weights_of(whole)
-    assert metrics_of(parts) == metrics_of(whole)
+    same_runs(parts, whole)
 
 
 def test_a_killed_run_goes_on_exactly(busy, tmp_path, monkeypatch):
@@ -162,15 +179,13 @@ def test_a_killed_run_goes_on_exactly(busy, tmp_path, monkeypatch):
     with (parts / "metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "spl')
     assert train(busy, parts, resume=True, quiet=True)
-    assert weights_of(parts) == weights_of(whole)
-    assert metrics_of(parts) == metrics_of(whole)
+    same_runs(parts, whole)
 
 
 def test_resuming_a_finished_run_changes_nothing(config, tiny_run, tmp_path):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     assert train(config, run, resume=True, quiet=True)
-    assert weights_of(run) == weights_of(tiny_run)
-    assert metrics_of(run) == metrics_of(tiny_run)
+    same_runs(run, tiny_run)
 
 
 def test_overwrite_leaves_nothing_of_the_old_run(config, tiny_run, tmp_path):
