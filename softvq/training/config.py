@@ -146,7 +146,7 @@ class TrainConfig:
     )
     decay: float | None = setting(each(EMA, 0.99), "losses", "of the codes' running sums")
     dead_code_threshold: float | None = setting(
-        each((*SOFT, *EMA), 0.01),
+        each(EMA, 0.2, soft_vqvae=0.01),
         "losses",
         "restart codes under this part of an even share of the latents; 0: never",
     )
