@@ -17,7 +17,7 @@ from softvq.training.config import MODELS
 from softvq.training.run_folder import RunFolder
 from softvq.training.trainer import Trainer, TrainingError, batches, set_learning_rates, train
 
-# The metrics the run folder promises (shared/DESIGN.md, section 6).
+# The metrics that a run of a Soft VQ-VAE promises.
 METRICS = {
     "reconstruction_error",
     "quantizing_error",
