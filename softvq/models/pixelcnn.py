@@ -54,7 +54,8 @@ class PixelCNN(nn.Module):
         codebook_size: K, the number of values an index may take.
         classes: number of class labels; 0 for a prior that knows none.
         condition_size: codebook size of a coarser grid of codes that is given whole; 0 for none.
-        width: channels of both stacks. layers: gated layers. kernel: odd, of the convolutions.
+        width: channels of both stacks. kernel: odd, of the convolutions.
+        layers: gated layers; L of them look back 1 + L·(kernel // 2) rows.
         dropout: on the gated features that the horizontal residuals read.
     """
 
@@ -65,9 +66,9 @@ class PixelCNN(nn.Module):
         classes: int = 0,
         condition_size: int = 0,
         width: int = 64,
-        layers: int = 8,
+        layers: int = 4,
         kernel: int = 3,
-        dropout: float = 0.1,
+        dropout: float = 0.0,
     ):
         super().__init__()
         if kernel < 3 or kernel % 2 == 0:
@@ -123,9 +124,12 @@ class PixelCNN(nn.Module):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw codes (count, h, w) int64 one after the other, in eval mode.
+        """Draw codes (count, h, w) int64 one after the other; put the network in eval mode first.
 
-        The logits are divided by the temperature; below 1 the likelier codes are preferred.
+        Args:
+            grid: (h, w). labels: (count,) int64. condition: (count, h', w') int64.
+            temperature: divides the logits; below 1 the likelier codes are preferred.
+            generator: of the network's device; equal generators draw equal codes.
         """
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
@@ -134,7 +138,7 @@ class PixelCNN(nn.Module):
         context = self._context(labels, condition, indices.shape)
         for i in range(height):
             # The rows above are complete: the vertical stack runs once per row.
-            seen = context if context is None or context.shape[2] == 1 else context[:, :, : i + 1]
+            seen = None if context is None else context[:, :, : i + 1]
             above = [a[:, :, i:] for a in self._down(self._embed(indices[:, : i + 1]), seen)]
             for j in range(width):
                 logits = self._across(self._embed(indices[:, i : i + 1]), above)[:, 0, j]
@@ -197,9 +201,9 @@ class CodePrior(nn.Module):
         *,
         classes: int = 0,
         width: int = 64,
-        layers: int = 8,
+        layers: int = 4,
         kernel: int = 3,
-        dropout: float = 0.1,
+        dropout: float = 0.0,
     ):
         super().__init__()
         self.levels = dict(levels)
@@ -254,7 +258,7 @@ class CodePrior(nn.Module):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        """Draw codes level by level, name → (count, h, w) int64; labels (count,) int64."""
+        """Draw codes level by level, name → (count, h, w) int64. Arguments as for PixelCNN."""
         codes: dict[str, Tensor] = {}
         for name, level in self.levels.items():
             codes[name] = self.networks[name].sample(

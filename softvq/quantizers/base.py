@@ -30,10 +30,15 @@ class QuantizerOptions(TypedDict, total=False):
 
 
 class Quantized(Protocol):
-    """What `quantize` returns, at least: values (..., D) and int64 indices (...)."""
+    """What `quantize` returns, at least."""
 
-    quantized: Tensor
-    indices: Tensor
+    @property
+    def quantized(self) -> Tensor:
+        """Values (..., D)."""
+
+    @property
+    def indices(self) -> Tensor:
+        """Codes (...) int64."""
 
 
 class Quantizer(nn.Module):
@@ -82,8 +87,11 @@ class Quantizer(nn.Module):
         entropy_temperature: float = 1.0,
     ):
         super().__init__()
-        check_counts(dim=dim, codebook_size=codebook_size, heads=heads, codebook_dim=codebook_dim)
-        check_weights(kmeans_iters=kmeans_iters, entropy_weight=entropy_weight)
+        check_counts(
+            1, dim=dim, codebook_size=codebook_size, heads=heads, codebook_dim=codebook_dim
+        )
+        check_counts(0, kmeans_iters=kmeans_iters)
+        check_weights(entropy_weight=entropy_weight)
         check_positive(entropy_temperature=entropy_temperature)
         if codebook_dim is None and dim % heads:
             raise ValueError(f"dim {dim} does not divide into {heads} heads; give codebook_dim")
@@ -131,6 +139,7 @@ class Quantizer(nn.Module):
     @codebook.setter
     @torch.no_grad()
     def codebook(self, codes: Tensor) -> None:
+        """Copy codes of the same shape in. Raises ValueError for another one."""
         shape = self.codebook.shape
         if codes.shape != shape:
             raise ValueError(f"codebook must be {tuple(shape)}, got {tuple(codes.shape)}")
@@ -240,11 +249,10 @@ class Quantizer(nn.Module):
         """What meets the codes: (..., D), with heads (..., heads, D), of x (..., dim)."""
         z = self.project_in(x)
         z = z if self.heads == 1 else z.unflatten(-1, (self.heads, self.codebook_dim))
-        return (
-            normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1).to(z.dtype)
-            if self.use_cosine_sim
-            else z
-        )
+        if not self.use_cosine_sim:
+            return z
+        precise = z.to(torch.promote_types(z.dtype, torch.float32))
+        return normalize(precise, dim=-1).to(z.dtype)
 
     def _outputs(self, codes: Tensor) -> Tensor:
         """(..., dim) of codes (..., D), with heads (..., heads, D)."""

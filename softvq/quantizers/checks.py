@@ -4,15 +4,15 @@ import math
 from collections.abc import Sequence
 
 
-def check_counts(**options: int | None) -> None:
-    """Whole numbers from 1 up; None is left alone. Raises TypeError or ValueError."""
+def check_counts(least: int, **options: int | None) -> None:
+    """Whole numbers from `least` up; None is left alone. Raises TypeError or ValueError."""
     for name, value in options.items():
         if value is None:
             continue
         if not isinstance(value, int):
             raise TypeError(f"{name} must be a whole number, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def check_positive(**options: float) -> None:

@@ -18,7 +18,9 @@ from softvq.quantizers.straight_through import (
 )
 from softvq.quantizers.temperature import TemperedQuantizer
 
-BLOCK_ELEMENTS = 2**22  # rows × codes that are sampled at once: 16 MB in float32
+# Rows × codes that are sampled at once, 64 MB in float32. What is larger than 32 MB glibc returns
+# when it is freed; smaller blocks fragmented its heap until it was larger than all of N×K.
+BLOCK_ELEMENTS = 2**24
 
 
 class GumbelQuantized(NamedTuple):
@@ -43,9 +45,9 @@ class GumbelVQ(TemperedQuantizer):
     Maddison et al. 2017. As T falls it becomes a sample from p. In evaluation it is the nearest
     code, with a straight-through gradient. loss = kl_weight · KL(p ‖ uniform), a mean over indices.
 
-    No N×K tensor is held: rows are sampled in blocks of at most max(K, 2²²) noise values, which
-    are drawn again for the backward pass. With about six such blocks at work at a time that is
-    100 MB in float32, whatever the number of rows, up to K = 4 million.
+    No N×K tensor is held: rows are sampled in blocks of at most max(K, 2²⁴) rows × codes, and again
+    for the backward pass. Four such blocks live at a time: 256 MB in float32 up to K = 16 million,
+    whatever the number of rows.
 
     Args:
         dim, codebook_size, codebook_dim, heads, **options: see `Quantizer`.

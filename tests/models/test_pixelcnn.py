@@ -6,8 +6,11 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from softvq.models import CodeLevel, CodePrior, PixelCNN
+from softvq.models.masked import GatedLayer
+from softvq.models.pixelcnn import CoarseCodes
 
 GRIDS = [(1, 1), (1, 5), (5, 1), (7, 7), (4, 6)]
 
@@ -57,6 +60,28 @@ def test_one_layer_of_kernel_5_sees_its_neighbourhood():
     neighbourhood[1:4, 1:6] = True  # the shifted row above and two more, two columns to each side
     neighbourhood[4, 0:3] = True  # the shifted column to the left and two more
     assert torch.equal(seen.view(7, 7, 7, 7)[4, 3], neighbourhood)
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_gated_layer_is_equation_4_with_masked_kernels(kernel):
+    """tanh(W_f ∗ x + V_f h) ⊙ σ(W_g ∗ x + V_g h), W being whole kernels with zeros below."""
+    layer = lively(GatedLayer(3, kernel, context=True, dropout=0.5))
+    middle = kernel // 2
+    vertical, horizontal = torch.zeros(2, 6, 3, kernel, kernel, dtype=torch.float64)
+    vertical[:, :, : middle + 1] = layer.vertical.weight.detach()
+    horizontal[:, :, middle, : middle + 1] = layer.horizontal.weight.detach()[:, :, 0]
+    x, y, context = torch.randn(3, 2, 3, 4, 5, dtype=torch.float64)
+    projected = torch.einsum("oc,bchw->bohw", layer.context.weight.detach()[..., 0, 0], context)
+
+    def gates(features):
+        return features[:, :3].tanh() * features[:, 3:].sigmoid()
+
+    seen = F.conv2d(x, vertical, layer.vertical.bias, padding=middle)
+    new_x, above = layer.down(x, context)
+    torch.testing.assert_close(new_x, gates(seen + projected[:, :6]))
+    row = F.conv2d(y, horizontal, layer.horizontal.bias, padding=middle)
+    output = layer.residual[1](gates(row + layer.across(seen) + projected[:, 6:]))
+    torch.testing.assert_close(layer.right(y, above), y + output)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -131,6 +156,16 @@ def test_coarse_codes_are_seen_from_everywhere(grid):
     for position in logits.flatten(0, 2):
         gradient = torch.autograd.grad(position.sum(), embedded, retain_graph=True)[0]
         assert (gradient.abs().sum(-1) > 0).all()
+
+
+def test_coarse_codes_reach_the_positions_they_cover():
+    coarse = CoarseCodes(5, width=4)
+    for block in coarse.blocks:
+        nn.init.zeros_(block[-1].weight)
+        nn.init.zeros_(block[-1].bias)
+    indices = torch.tensor([[[0, 1, 2], [3, 4, 0]]])
+    expected = coarse.embedding(indices.repeat_interleave(2, 1).repeat_interleave(3, 2))
+    torch.testing.assert_close(coarse(indices, (4, 9)).permute(0, 2, 3, 1), expected)
 
 
 def test_condition_that_is_missing_or_too_much():

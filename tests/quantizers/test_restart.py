@@ -27,6 +27,12 @@ def test_shares_are_running_averages():
     torch.testing.assert_close(restart.share, torch.tensor([0.525, 0.475]))
 
 
+def test_masked_positions_do_not_count():
+    restart = DeadCodeRestart(2, THRESHOLD, decay=0.0)
+    restart.update(torch.tensor([[0, -1], [1, -1], [1, 1]]))
+    assert torch.equal(restart.share, torch.tensor([0.25, 0.75]))
+
+
 def test_only_dead_codes_move_and_they_move_to_latents():
     restart, codebook = with_dead(1, 4)
     before, latents = codebook.clone(), torch.randn(2, 7, DIM)

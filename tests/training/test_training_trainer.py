@@ -6,12 +6,10 @@ import json
 import re
 import shutil
 import signal
-import tomllib
 from functools import partial
 
 import pytest
 import torch
-from PIL import Image
 
 from softvq.cli import main
 from softvq.training import steering
@@ -19,7 +17,7 @@ from softvq.training.config import MODELS
 from softvq.training.run_folder import RunFolder
 from softvq.training.trainer import Trainer, TrainingError, batches, set_learning_rates, train
 
-# The metrics the run folder promises (shared/DESIGN.md, section 6).
+# The metrics that a run of a Soft VQ-VAE promises.
 METRICS = {
     "reconstruction_error",
     "quantizing_error",
@@ -55,26 +53,6 @@ def same_runs(one, other):
 @pytest.fixture
 def config(tiny_run):
     return RunFolder(tiny_run).read_config()
-
-
-def test_a_run_leaves_all_its_files(tiny_run):
-    assert {path.name for path in tiny_run.iterdir()} == {
-        "config.toml",
-        "metrics.jsonl",
-        "checkpoints",
-        "model.safetensors",
-        "reconstructions.png",
-        "samples.png",
-        "codebook_usage.png",
-        "report.html",
-        "summary.json",
-    }
-    assert tomllib.loads((tiny_run / "config.toml").read_text())["steps"] == 12
-    assert "step-12" in {path.name for path in (tiny_run / "checkpoints").iterdir()}
-    for name in ("reconstructions.png", "samples.png", "codebook_usage.png"):
-        Image.open(tiny_run / name).verify()
-    assert (tiny_run / "report.html").read_text().lower().startswith("<!doctype html>")
-    RunFolder(tiny_run).load_model(torch.device("cpu"))
 
 
 def test_the_metrics_have_the_names_of_the_contract(tiny_run):

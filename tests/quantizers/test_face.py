@@ -1,0 +1,310 @@
+"""What all quantizers share: the call, layouts, heads, codes and indices, precision, compiling."""
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+import softvq
+from softvq import losses
+from softvq.quantizers import EMAVQ, VQ, GumbelVQ, SoftVQ
+
+DIM, CODES = 6, 10
+ALL = [SoftVQ, VQ, EMAVQ, GumbelVQ]
+each = pytest.mark.parametrize("kind", ALL)
+
+
+def layer(kind, **options):
+    return kind(DIM, CODES, **options)
+
+
+def state(vq):
+    return {name: value.clone() for name, value in vq.state_dict().items()}
+
+
+def same_state(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@each
+@pytest.mark.parametrize("heads", [{}, {"heads": 3}, {"heads": 3, "separate": True}], ids=str)
+@pytest.mark.parametrize("codebook_dim", [None, 4])
+@pytest.mark.parametrize(
+    ("options", "shape", "positions"),
+    [
+        ({}, (2, 7, DIM), (2, 7)),
+        ({}, (2, 3, 4, DIM), (2, 3, 4)),
+        ({}, (2, DIM), (2,)),
+        ({"channel_last": False}, (2, DIM, 7), (2, 7)),
+        ({"accept_image_fmap": True}, (2, DIM, 4, 5), (2, 4, 5)),
+    ],
+    ids=str,
+)
+def test_shapes(kind, heads, codebook_dim, options, shape, positions):
+    count, separate = heads.get("heads", 1), heads.get("separate", False)
+    vq = layer(
+        kind,
+        heads=count,
+        separate_codebook_per_head=separate,
+        codebook_dim=codebook_dim,
+        **options,
+    )
+    quantized, indices, loss = vq(torch.randn(shape))
+    assert quantized.shape == shape and loss.shape == ()
+    assert indices.shape == (positions if count == 1 else (*positions, count))
+    assert indices.dtype == torch.int64 and indices.min() >= 0 and indices.max() < CODES
+    code = (CODES, codebook_dim or DIM // count)
+    assert vq.codebook.shape == ((count, *code) if separate else code)
+    vq.eval()
+    if kind is SoftVQ:
+        vq.estimator = "straight_through"
+    quantized, indices, _ = vq(torch.randn(shape))
+    torch.testing.assert_close(vq.get_output_from_indices(indices), quantized)
+
+
+@each
+def test_the_layouts_differ_in_nothing_but_the_order_of_the_axes(kind):
+    last, first, image = (
+        layer(kind, **options)
+        for options in ({}, {"channel_last": False}, {"accept_image_fmap": True})
+    )
+    first.load_state_dict(last.state_dict())
+    image.load_state_dict(last.state_dict())
+    x = torch.randn(2, 4, 5, DIM)
+    results = []
+    for vq, given in ((last, x), (first, x.movedim(-1, 1)), (image, x.movedim(-1, 1))):
+        torch.manual_seed(1)
+        results.append(vq(given))
+    for quantized, indices, loss in results[1:]:
+        assert torch.equal(quantized.movedim(1, -1), results[0][0])
+        assert torch.equal(indices, results[0][1]) and torch.equal(loss, results[0][2])
+
+
+@each
+def test_heads_that_share_a_codebook_are_more_rows(kind):
+    shared, single = layer(kind, heads=3), kind(DIM // 3, CODES)
+    single.load_state_dict(shared.state_dict())
+    x = torch.randn(4, 5, DIM)
+    results = []
+    for vq, given in ((shared, x), (single, x.unflatten(-1, (3, -1)))):
+        torch.manual_seed(1)
+        results.append(vq(given))
+    (quantized, indices, loss), (wanted, wanted_indices, wanted_loss) = results
+    torch.testing.assert_close(quantized, wanted.flatten(-2))
+    assert torch.equal(indices, wanted_indices)
+    torch.testing.assert_close(loss, wanted_loss)
+    assert same_state(state(shared), state(single))
+
+
+@each
+def test_separate_codebooks_quantise_their_own_features(kind):
+    vq = layer(kind, heads=3, separate_codebook_per_head=True).eval()
+    x = torch.randn(4, 5, DIM)
+    quantized, indices, _ = vq(x)
+    for head in range(3):
+        features = slice(2 * head, 2 * head + 2)
+        alone = kind(2, CODES).eval()
+        alone.codebook = vq.codebook[head]
+        wanted, wanted_indices, _ = alone(x[..., features])
+        torch.testing.assert_close(quantized[..., features], wanted)
+        assert torch.equal(indices[..., head], wanted_indices)
+
+
+@each
+def test_codes_are_read_and_written(kind):
+    vq, codes = layer(kind), torch.randn(CODES, DIM)
+    with torch.no_grad():
+        vq.codebook.copy_(codes)
+    assert torch.equal(vq.codebook, codes)
+    vq.codebook = 2 * codes
+    assert torch.equal(vq.codebook, 2 * codes)
+    indices = torch.tensor([[3, -1, 9]])
+    found = vq.get_codes_from_indices(indices)
+    assert torch.equal(found[0, ::2], 2 * codes[[3, 9]])
+    assert torch.equal(found[0, 1], torch.zeros(DIM))  # -1, a masked position
+    with pytest.raises(ValueError, match=r"codebook must be \(10, 6\), got \(9, 6\)"):
+        vq.codebook = codes[1:]
+
+
+def test_a_masked_position_has_no_output_even_through_a_projection():
+    vq = layer(VQ, codebook_dim=4, heads=2)
+    output = vq.get_output_from_indices(torch.tensor([[0, 1], [-1, -1]]))
+    assert output[0].abs().min() > 0 and torch.equal(output[1], torch.zeros(DIM))
+
+
+@each
+def test_cosine_similarity_is_about_directions(kind):
+    vq = layer(kind, use_cosine_sim=True).eval()
+    vq.codebook = 3 * torch.randn(CODES, DIM)
+    x = torch.randn(50, DIM, requires_grad=True)
+    torch.testing.assert_close(vq.codebook.norm(dim=-1), torch.ones(CODES))
+    quantized, indices, _ = vq(x)
+    assert torch.equal(indices, (normalize(x, dim=-1) @ vq.codebook.T).argmax(-1))
+    longer = vq(x * (1 + 5 * torch.rand(50, 1)))
+    assert torch.equal(longer[1], indices)
+    torch.testing.assert_close(longer[0], quantized)
+    torch.testing.assert_close(vq.get_codes_from_indices(indices), vq.codebook[indices])
+    (grad,) = torch.autograd.grad(quantized.square().sum() + quantized.sum(), x)
+    torch.testing.assert_close((grad * x).sum(-1), torch.zeros(50), atol=1e-5, rtol=0)
+
+
+@each
+@pytest.mark.parametrize("cosine", [False, True])
+def test_training_keeps_cosine_codes_on_the_sphere(kind, cosine):
+    vq = layer(kind, use_cosine_sim=cosine)
+    optimizer = torch.optim.SGD(vq.parameters(), lr=1.0) if kind is not EMAVQ else None
+    for _ in range(3):
+        quantized, _, loss = vq(3 * torch.randn(50, DIM))
+        if optimizer:
+            (loss + quantized.square().mean()).backward()
+            optimizer.step()
+    lengths = vq.codebook.norm(dim=-1)
+    assert torch.allclose(lengths, torch.ones(CODES)) == cosine
+
+
+@each
+def test_evaluation_changes_nothing_and_repeats(kind):
+    vq = layer(kind, kmeans_init=True, entropy_weight=0.1).eval()
+    before, x = state(vq), torch.randn(4, 5, DIM)
+    first, second = vq(x), vq(x)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert same_state(state(vq), before)
+
+
+@each
+def test_state_dict_round_trip(kind):
+    vq, other = layer(kind, kmeans_init=True), layer(kind, kmeans_init=True)
+    x = torch.randn(40, DIM)
+    vq(x)
+    other.load_state_dict(vq.state_dict())
+    assert same_state(state(vq), state(other))
+    for a, b in zip(vq.eval()(x), other.eval()(x), strict=True):
+        assert torch.equal(a, b)
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_statistics_and_losses_in_float32(kind, dtype):
+    vq = layer(kind, codebook_dim=4, entropy_weight=0.1)
+    x = torch.randn(40, DIM).to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype):
+        quantized, _, loss = vq(x)
+    assert quantized.dtype == dtype and loss.dtype == torch.float32
+    (quantized.float().sum() + loss).backward()
+    assert x.grad.isfinite().all() and x.grad.abs().max() > 0
+    for value in vq.state_dict().values():
+        assert value.dtype in (torch.float32, torch.bool) and value.isfinite().all()
+
+
+@each
+def test_double_precision_stays_double(kind):
+    vq = layer(kind, codebook_dim=4, heads=2, entropy_weight=0.1).double()
+    quantized, _, loss = vq(torch.randn(40, DIM, dtype=torch.float64))
+    assert quantized.dtype == loss.dtype == torch.float64
+    dtypes = {value.dtype for value in vq.state_dict().values()}
+    assert dtypes == {torch.float64, torch.bool}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(SoftVQ, {}), (VQ, {"entropy_weight": 0.1}), (EMAVQ, {"threshold_ema_dead_code": 2.0})],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_compiles_without_a_break(kind, options):
+    torch.compiler.reset()
+    vq, other = layer(kind, **options), layer(kind, **options)
+    other.load_state_dict(vq.state_dict())
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    x = torch.randn(40, DIM, requires_grad=True)
+    for step in range(2):
+        results = []
+        for module in (vq, compiled):
+            torch.manual_seed(step)
+            quantized, indices, loss = module(x)
+            (grad,) = torch.autograd.grad(quantized.square().sum() + loss, x)
+            results.append((quantized, indices, loss, grad))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+    for name, value in state(vq).items():
+        torch.testing.assert_close(value, other.state_dict()[name])
+
+
+@pytest.mark.parametrize("options", [{}, {"heads": 2}, {"heads": 2, "separate": True}], ids=str)
+def test_the_entropy_regulariser_is_that_of_the_whole_matrix(options):
+    separate = options.pop("separate", False)
+    vq = layer(
+        VQ,
+        entropy_weight=0.3,
+        entropy_temperature=0.7,
+        separate_codebook_per_head=separate,
+        **options,
+    ).double()
+    x = torch.randn(40, DIM, dtype=torch.float64, requires_grad=True)
+    _, _, loss, parts = vq(x, return_loss_breakdown=True)
+
+    z = x if vq.heads == 1 else x.unflatten(-1, (2, -1))
+    p = softvq.assignment_probabilities(z, vq.codebook, 0.7)
+    mean = p.mean(0) if separate or vq.heads == 1 else p.flatten(0, 1).mean(0)
+    wanted = -(p * p.log()).sum(-1).mean() + (mean * mean.log()).sum(-1).mean()
+    torch.testing.assert_close(parts.entropy_regulariser, wanted)
+    torch.testing.assert_close(loss, parts.codebook + 0.25 * parts.commitment + 0.3 * wanted)
+    variables = (x, vq.codebook_parameter)
+    for a, b in zip(
+        torch.autograd.grad(parts.entropy_regulariser, variables),
+        torch.autograd.grad(wanted, variables),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@each
+def test_the_entropy_regulariser_is_added_to_every_loss(kind):
+    vq, x = layer(kind, entropy_weight=2.0).eval(), torch.randn(40, DIM)
+    plain = layer(kind).eval()
+    plain.load_state_dict(vq.state_dict())
+    _, _, loss, parts = vq(x, return_loss_breakdown=True)
+    assert parts.entropy_regulariser < 0
+    torch.testing.assert_close(loss, plain(x)[2] + 2 * parts.entropy_regulariser)
+    assert plain(x, return_loss_breakdown=True)[3].entropy_regulariser == 0
+
+
+def test_an_unused_code_leaves_the_regulariser_finite():
+    usage = torch.tensor([1.0, 0.0], requires_grad=True)
+    value = losses.entropy_regulariser(torch.zeros(3), usage)
+    value.backward()
+    assert value == 0 and usage.grad.isfinite().all()
+
+
+@each
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"dim": 0}, ValueError, "dim must be at least 1, got 0"),
+        ({"heads": 2.0}, TypeError, "heads must be a whole number, got 2.0"),
+        ({"heads": 4}, ValueError, "dim 6 does not divide into 4 heads; give codebook_dim"),
+        ({"kmeans_iters": -1}, ValueError, "kmeans_iters must be at least 0, got -1"),
+        ({"entropy_weight": -1.0}, ValueError, "entropy_weight must be .* got -1.0"),
+        ({"entropy_temperature": 0.0}, ValueError, "entropy_temperature must be .* got 0.0"),
+        ({"rotation": True}, TypeError, "unexpected keyword argument 'rotation'"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_named(kind, options, error, message):
+    with pytest.raises(error, match=message):
+        kind(**{"dim": DIM, "codebook_size": CODES} | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "message"),
+    [
+        ({}, (2, 5), r"x must be \(B, ..., dim\) with dim = 6, got \(2, 5\)"),
+        ({}, (6,), r"x must be \(B, ..., dim\) with dim = 6, got \(6,\)"),
+        ({"channel_last": False}, (2, 5, 6), r"x must be \(B, dim, ...\) with dim = 6"),
+        ({"accept_image_fmap": True}, (2, 6, 5), r"x must be \(B, dim, H, W\), got \(2, 6, 5\)"),
+    ],
+    ids=str,
+)
+def test_bad_shapes_are_named(options, shape, message):
+    with pytest.raises(ValueError, match=message):
+        layer(VQ, **options)(torch.zeros(shape))
+    with pytest.raises(TypeError, match=r"x must be a floating-point tensor, got torch.int64"):
+        layer(VQ)(torch.zeros(2, DIM, dtype=torch.int64))

@@ -1,0 +1,97 @@
+"""VQ: van den Oord et al. 2017, eq. 1 to 3."""
+
+import pytest
+import torch
+
+from softvq.quantizers import VQ
+from softvq.quantizers.straight_through import straight_through
+
+DIM, CODES = 6, 10
+
+
+def by_hand():
+    """Codes 0 and 4 on a line, latents 1 and 3: z − e = 1 and −1."""
+    vq = VQ(1, 2, commitment_weight=0.5)
+    vq.codebook = torch.tensor([[0.0], [4.0]])
+    return vq, torch.tensor([[1.0], [3.0]], requires_grad=True)
+
+
+def test_the_nearest_code_is_chosen():
+    vq = VQ(DIM, CODES)
+    x = torch.randn(50, DIM)
+    _, indices, _ = vq(x)
+    assert torch.equal(indices, torch.cdist(x, vq.codebook).argmin(-1))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6])
+def test_value_is_the_code_and_gradient_the_identity_bit_by_bit(scale):
+    vq = VQ(DIM, CODES)
+    x = (scale * torch.randn(2, 30, DIM)).requires_grad_()
+    quantized, indices, _ = vq(x)
+    assert torch.equal(quantized, vq.codebook[indices])
+    grad = torch.randn_like(x)
+    assert torch.equal(torch.autograd.grad(quantized, x, grad)[0], grad)
+    assert straight_through(x.bfloat16(), vq.codebook[indices]).dtype == torch.bfloat16
+
+
+def test_the_output_trains_no_code():
+    vq = VQ(DIM, CODES)
+    quantized, _, _ = vq(torch.randn(5, DIM, requires_grad=True))
+    (grad,) = torch.autograd.grad(quantized.sum(), vq.codebook_parameter, allow_unused=True)
+    assert grad is None
+
+
+def test_losses_by_hand():
+    vq, x = by_hand()
+    _, indices, loss, parts = vq(x, return_loss_breakdown=True)
+    assert indices.tolist() == [0, 1]
+    assert parts.codebook == parts.commitment == 1.0  # the mean of 1² and (−1)²
+    assert loss == 1.5
+
+
+def test_beta_scales_the_latents_gradient_and_not_the_codes():
+    vq, x = by_hand()
+    to_x, to_codes = torch.autograd.grad(vq(x)[2], (x, vq.codebook_parameter))
+    # 2β(z − e)/2 elements, and −2(z − e)/2 without β.
+    assert torch.equal(to_x, torch.tensor([[0.5], [-0.5]]))
+    assert torch.equal(to_codes[0], torch.tensor([[-1.0], [1.0]]))
+
+
+@pytest.mark.parametrize("commitment_weight", [0.0, 0.25, 2.0])
+def test_gradients_of_several_dimensions_and_heads(commitment_weight):
+    vq = VQ(
+        DIM,
+        CODES,
+        heads=2,
+        separate_codebook_per_head=True,
+        commitment_weight=commitment_weight,
+    ).double()
+    x = torch.randn(50, DIM, dtype=torch.float64, requires_grad=True)
+    _, indices, loss = vq(x)
+    z, codes = x.unflatten(-1, (2, 3)), vq.codebook[torch.arange(2), indices]
+    wanted = (z.detach() - codes).square().mean()
+    wanted = wanted + commitment_weight * (z - codes.detach()).square().mean()
+    torch.testing.assert_close(loss, wanted)
+    variables = (x, vq.codebook_parameter)
+    for a, b in zip(
+        torch.autograd.grad(loss, variables), torch.autograd.grad(wanted, variables), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_training_finds_the_clusters():
+    centres = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0]])
+    x = centres.repeat(40, 1) + 0.1 * torch.randn(120, 2)
+    vq = VQ(2, 3, kmeans_init=True, kmeans_iters=0)
+    optimizer = torch.optim.SGD(vq.parameters(), lr=0.5)
+    for _ in range(50):
+        optimizer.zero_grad()
+        vq(x)[2].backward()
+        optimizer.step()
+    order = torch.cdist(centres, vq.codebook).argmin(-1)
+    assert torch.allclose(vq.codebook[order], centres, atol=0.1)
+
+
+def test_bad_weight_is_named():
+    with pytest.raises(ValueError, match=r"commitment_weight must be .* from 0 up, got -0.5"):
+        VQ(DIM, CODES, commitment_weight=-0.5)

@@ -1,0 +1,76 @@
+"""Two replicas of a data-parallel run hold the same codebook, that of the joint batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from softvq.quantizers import EMAVQ
+from tests.quantizers.replica import CASES, CODES, FIRST, ROWS, batch, run
+
+WORKER = Path(__file__).with_name("replica.py")
+SYNCED = [case for case in CASES if case != "apart"]
+
+
+@pytest.fixture(scope="module")
+def replicas(tmp_path_factory):
+    """What both replicas ended with."""
+    if not torch.distributed.is_available():
+        pytest.skip("needs torch.distributed")
+    folder = tmp_path_factory.mktemp("replicas")
+    environment = os.environ | {"PYTHONPATH": str(WORKER.parents[2]), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), str(folder)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", SYNCED)
+def test_replicas_hold_the_same_bits(replicas, case):
+    first, second = (results[case] for results in replicas)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("case", ["statistics", "heads"])
+def test_they_are_those_of_the_joint_batch(replicas, case):
+    joint = run(case, slice(0, ROWS), seed=0)
+    for name, value in joint.items():
+        torch.testing.assert_close(replicas[0][case][name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_codes_restart_at_latents_that_only_the_other_replica_has(replicas):
+    codes, counts = replicas[0]["restart"]["means"][0], replicas[0]["restart"]["counts"][0]
+    restarted, rows = codes[counts == 2 * 5.0], batch(2)[FIRST:]
+    assert len(restarted) > 0
+    assert all((rows == code).all(-1).any() for code in restarted)
+
+
+def test_without_synchronisation_they_part(replicas):
+    first, second = (results["apart"]["means"] for results in replicas)
+    assert not torch.equal(first, second)
+
+
+def test_shares_are_counted_over_both(replicas):
+    for results in replicas:
+        wanted = torch.zeros(CODES)
+        wanted[:2] = torch.tensor([0.25, 0.75])
+        assert torch.equal(results["shares"]["counted"], wanted)
+    first, second = (results["shares"]["codebook"] for results in replicas)
+    assert torch.equal(first, second) and len(first.unique(dim=0)) == CODES - 1
+
+
+def test_synchronisation_without_a_process_group_is_an_error():
+    with pytest.raises(ValueError, match="sync_codebook=True needs an initialised"):
+        EMAVQ(3, 4, sync_codebook=True)(torch.randn(5, 3))
