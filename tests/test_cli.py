@@ -308,6 +308,14 @@ def test_sample_draws_64_or_as_many_as_asked(given, drawn, tiny_runs, monkeypatc
     assert sum(len(images) for _, images in seen) == drawn
 
 
+def test_sample_follows_the_seed(tiny_runs):
+    drawn = []
+    for seed in ("1", "1", "2"):
+        assert main(["sample", str(tiny_runs("vae")), "--seed", seed, "-o", "drawn.png"]) == 0
+        drawn.append(Path("drawn.png").read_bytes())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 AFTERWARDS = {
     "eval": (),
     "reconstruct": ("gone.png",),

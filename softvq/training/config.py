@@ -80,8 +80,8 @@ class TrainConfig:
     hidden: str | None = setting(
         each(IMAGES, "256,64"), "model", "sizes of the dense hidden layers"
     )
-    layers: int | None = setting(each(PRIOR, 8), "model", "gated layers")
-    dropout: float | None = setting(each(PRIOR, 0.1), "model", "dropout in the layers")
+    layers: int | None = setting(each(PRIOR, 4), "model", "gated layers")
+    dropout: float | None = setting(each(PRIOR, 0.0), "model", "dropout in the layers")
 
     data: Literal[DATASETS] | None = setting(each(IMAGES, "digits"), "data", "which images")
     data_dir: Path | None = setting(
@@ -168,8 +168,14 @@ class TrainConfig:
     steps: int | None = setting(
         None, "optimisation", f"optimizer steps; default: {EPOCHS} epochs, at least {MIN_STEPS}"
     )
-    batch_size: int = setting(256, "optimisation", "images per step")
-    lr: float = setting(2e-3, "optimisation", "peak learning rate of AdamW; cosine decay")
+    batch_size: int | None = setting(
+        each(IMAGES, 256, pixelcnn=32), "optimisation", "images per step"
+    )
+    lr: float | None = setting(
+        each(IMAGES, 2e-3, pixelcnn=4e-3),
+        "optimisation",
+        "peak learning rate of AdamW; cosine decay",
+    )
     codebook_lr_factor: float | None = setting(
         each(SOFT, 30.0, vqvae=1.0, vqvae_gumbel=1.0),
         "optimisation",

@@ -4,8 +4,6 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-import softvq
-from softvq import losses
 from softvq.quantizers import EMAVQ, VQ, GumbelVQ, SoftVQ
 
 DIM, CODES = 6, 10
@@ -226,52 +224,6 @@ def test_compiles_without_a_break(kind, options):
             torch.testing.assert_close(a, b)
     for name, value in state(vq).items():
         torch.testing.assert_close(value, other.state_dict()[name])
-
-
-@pytest.mark.parametrize("options", [{}, {"heads": 2}, {"heads": 2, "separate": True}], ids=str)
-def test_the_entropy_regulariser_is_that_of_the_whole_matrix(options):
-    separate = options.pop("separate", False)
-    vq = layer(
-        VQ,
-        entropy_weight=0.3,
-        entropy_temperature=0.7,
-        separate_codebook_per_head=separate,
-        **options,
-    ).double()
-    x = torch.randn(40, DIM, dtype=torch.float64, requires_grad=True)
-    _, _, loss, parts = vq(x, return_loss_breakdown=True)
-
-    z = x if vq.heads == 1 else x.unflatten(-1, (2, -1))
-    p = softvq.assignment_probabilities(z, vq.codebook, 0.7)
-    mean = p.mean(0) if separate or vq.heads == 1 else p.flatten(0, 1).mean(0)
-    wanted = -(p * p.log()).sum(-1).mean() + (mean * mean.log()).sum(-1).mean()
-    torch.testing.assert_close(parts.entropy_regulariser, wanted)
-    torch.testing.assert_close(loss, parts.codebook + 0.25 * parts.commitment + 0.3 * wanted)
-    variables = (x, vq.codebook_parameter)
-    for a, b in zip(
-        torch.autograd.grad(parts.entropy_regulariser, variables),
-        torch.autograd.grad(wanted, variables),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
-
-
-@each
-def test_the_entropy_regulariser_is_added_to_every_loss(kind):
-    vq, x = layer(kind, entropy_weight=2.0).eval(), torch.randn(40, DIM)
-    plain = layer(kind).eval()
-    plain.load_state_dict(vq.state_dict())
-    _, _, loss, parts = vq(x, return_loss_breakdown=True)
-    assert parts.entropy_regulariser < 0
-    torch.testing.assert_close(loss, plain(x)[2] + 2 * parts.entropy_regulariser)
-    assert plain(x, return_loss_breakdown=True)[3].entropy_regulariser == 0
-
-
-def test_an_unused_code_leaves_the_regulariser_finite():
-    usage = torch.tensor([1.0, 0.0], requires_grad=True)
-    value = losses.entropy_regulariser(torch.zeros(3), usage)
-    value.backward()
-    assert value == 0 and usage.grad.isfinite().all()
 
 
 @each

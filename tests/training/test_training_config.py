@@ -266,7 +266,7 @@ def test_the_reconstruction_weight_of_a_vae_is_that_of_a_gaussian_over_its_pixel
 
 def test_defaults_in_words():
     fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
-    assert describe_default(fields["lr"], MODELS) == "; default: 0.002"
+    assert describe_default(fields["lr"], MODELS) == "; default: 0.002, 0.004 for pixelcnn"
     assert describe_default(fields["steps"], MODELS) == ""
     assert describe_default(fields["decay"], MODELS) == (
         "; only for vqvae-ema, vqvae2; default: 0.99"

@@ -143,11 +143,12 @@ def test_eval_measures_what_training_measured(tokenizer, split, tiny_runs):
     (run.path / f"eval-{split}.json").unlink()
 
 
-def test_images_without_classes_make_a_prior_without_them(tmp_path):
+def test_images_that_do_not_all_have_a_class_make_a_prior_without_classes(tmp_path):
     folder = tmp_path / "images"
-    folder.mkdir()
+    (folder / "some").mkdir(parents=True)
     for number in range(20):
-        Image.linear_gradient("L").resize((8, 8)).rotate(18 * number).save(folder / f"{number}.png")
+        path = folder / ("some" if number % 2 else "") / f"{number}.png"
+        Image.linear_gradient("L").resize((8, 8)).rotate(18 * number).save(path)
     small = {"steps": 2, "batch_size": 4, "device": "cpu", "width": 2}
     data = {"data": "folder", "data_dir": folder, "latent_dim": 2, "codebook_size": 4}
     assert train(TrainConfig(model="vqvae", **data, **small), tmp_path / "codes", quiet=True)
