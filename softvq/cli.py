@@ -98,9 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--prior", type=Path, help="run of a pixelcnn, for a model with codes")
     sampling.add_argument("--count", type=int, default=64, help="images; default: 64")
     sampling.add_argument("--class", dest="class_name", help="default: all classes alike")
-    sampling.add_argument(
-        "--temperature", type=float, default=1.0, help="of the prior's choices; default: 1.0"
-    )
+    sampling.add_argument("--temperature", type=float, help="of the prior's choices; default: 1.0")
     sampling.add_argument("--seed", type=int, default=0, help="default: 0")
     sampling.add_argument("-o", "--out", type=Path, required=True, help="samples.png")
     report = add("report", "rebuild a run's report.html", report_command)
@@ -155,7 +153,10 @@ def train_command(options: argparse.Namespace) -> int:
         config = dataclasses.replace(config, device=given.get("device", config.device))
     else:
         config = TrainConfig(**given)
-        out = out or Path("runs") / f"{config.data or config.tokenizer.name}-{config.model}"
+        out = (
+            out
+            or Path("runs") / f"{config.data or config.tokenizer.absolute().name}-{config.model}"
+        )
     finished = train(
         config, out, resume=options.resume, overwrite=options.overwrite, quiet=options.quiet
     )

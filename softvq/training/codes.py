@@ -115,4 +115,16 @@ def read_codes(path: Path, split: str, levels: Mapping[str, CodeLevel]) -> dict[
                 f"{path}: {name!r} is not code grids (N, {grid[0]}, {grid[1]}) in 0..{size - 1}"
             )
         codes[level] = indices
+    counts = {array_name(split, level): len(indices) for level, indices in codes.items()}
+    if len(set(counts.values())) > 1:
+        raise DataError(f"{path}: the levels hold codes of different numbers of images: {counts}")
     return codes
+
+
+def check_prior(prior: RunFolder, tokenizer: RunFolder) -> None:
+    """Raise RunError unless the prior was trained on the codes of this very model."""
+    if prior.read_shape().get("tokenizer") != tokenizer.fingerprint():
+        raise RunError(
+            f"{prior.path}: not a pixelcnn for the codes of {tokenizer.path} as it is now; train "
+            "one with softvq train --model pixelcnn --tokenizer"
+        )

@@ -11,7 +11,13 @@ from PIL import Image
 from softvq.data import DataError, find_images, load_images
 from softvq.models import Autoencoder, CodePrior
 from softvq.training.build import build_data
-from softvq.training.codes import encode_splits, load_tokenizer, read_codes, write_codes
+from softvq.training.codes import (
+    check_prior,
+    encode_splits,
+    load_tokenizer,
+    read_codes,
+    write_codes,
+)
 from softvq.training.config import PRIOR, torch_device
 from softvq.training.evaluation import BATCH, evaluate, to_pixels
 from softvq.training.files import write_text
@@ -29,6 +35,7 @@ def evaluate_run(run: RunFolder, split: str) -> dict[str, float]:
     model = run.load_model(device)
     if isinstance(model, CodePrior):
         source = RunFolder(config.tokenizer)
+        check_prior(run, source)
         tokenizer, images = load_tokenizer(source, device), build_data(source.read_config())
         codes = encode_splits(tokenizer, images, device)
         values = prior_metrics(model, tokenizer, images, codes, split, device)
@@ -96,19 +103,22 @@ def sample(
     count: int,
     class_name: str | None,
     *,
-    temperature: float,
+    temperature: float | None,
     seed: int,
     out: Path,
 ) -> Path:
     """Write a picture of `count` images that nobody drew, of all classes or of one.
 
-    A model with codes gets them from `prior`, a run of a pixelcnn on that very model's codes.
+    A model with codes gets them from `prior`, a run of a pixelcnn on that very model's codes, whose
+    choices have the temperature.
     Raises RunError for a model that cannot be sampled so, and ConfigError for an unknown class.
     """
     if count < 1:
         raise ConfigError(f"count: {count} is not allowed; it must be at least 1")
-    if not 0 < temperature < float("inf"):
+    if temperature is not None and not 0 < temperature < float("inf"):
         raise ConfigError(f"temperature: {temperature} is not allowed; it must be above 0")
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed: {seed} is not allowed; it must be from 0 to 2^32 − 1")
     device = torch_device()
     model = run.load_model(device)
     if isinstance(model, CodePrior):
@@ -119,6 +129,8 @@ def sample(
     if isinstance(model, Autoencoder):
         if prior is not None:
             raise RunError(f"{run.path}: model {run.read_config().model} has no codes for a prior")
+        if temperature is not None:
+            raise ConfigError(f"temperature: {temperature} is that of a prior, and there is none")
         drawn, classes = model.sample, model.classes
     else:
         if prior is None:
@@ -126,10 +138,9 @@ def sample(
                 f"{run.path}: its codes need a prior; train one with softvq train --model pixelcnn "
                 f"--tokenizer {run.path}, and give its run as --prior"
             )
+        check_prior(prior, run)
         codes = prior.load_model(device)
-        if not isinstance(codes, CodePrior) or codes.levels != model.levels:
-            raise RunError(f"{prior.path}: not a pixelcnn for codes such as those of {run.path}")
-        drawn, classes = decoded_samples(codes, model, temperature), codes.classes
+        drawn, classes = decoded_samples(codes, model, temperature or 1.0), codes.classes
     names = build_data(run.read_config()).class_names if classes else ()
     torch.manual_seed(seed)
     labels = even_labels(count, classes, device)

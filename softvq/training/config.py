@@ -225,6 +225,11 @@ class TrainConfig:
             )
         if self.model in CONTINUOUS and self.model != "ae" and self.kl_weight == 0:
             raise ConfigError(f"kl_weight: 0 makes the {self.model} an autoencoder; use model ae")
+        if self.model in GUMBEL and self.temperature_schedule == "learned":
+            raise ConfigError(
+                f"temperature_schedule: learned does not apply to model {self.model}, whose loss "
+                "would only fall as T does"
+            )
         if self.temperature_schedule == "constant" and self.temperature == "auto":
             raise ConfigError(
                 "temperature: auto starts just under the critical temperature and has to fall; "
@@ -263,7 +268,8 @@ class TrainConfig:
 
         examples: in the training split. image_shape: of them, where they are images.
         """
-        steps = self.steps or max(MIN_STEPS, EPOCHS * examples // self.batch_size)
+        batch_size = min(self.batch_size, examples)
+        steps = self.steps or max(MIN_STEPS, EPOCHS * examples // batch_size)
         every = self.evaluate_every or max(1, steps // 20)
         grid, weight = self.latent_grid, self.reconstruction_weight
         if image_shape is not None:
@@ -278,6 +284,7 @@ class TrainConfig:
             data_dir=None if self.data_dir is None else self.data_dir.absolute(),
             tokenizer=None if self.tokenizer is None else self.tokenizer.absolute(),
             steps=steps,
+            batch_size=batch_size,
             evaluate_every=every,
             checkpoint_every=self.checkpoint_every or every,
         )

@@ -28,7 +28,8 @@ from softvq.training.steering import Steering
 class PriorTask:
     """Codes to predict; all of them live on the device.
 
-    tokenizer: the model, in eval mode, whose codes of `images` are learned.
+    tokenizer: the model, in eval mode, whose codes of `images` are learned; `fingerprint` tells it
+    from others.
     """
 
     judged_by = "bits_per_latent"
@@ -39,6 +40,7 @@ class PriorTask:
         tokenizer: ImageModel,
         images: DataSplits,
         device: torch.device,
+        fingerprint: str,
     ):
         self.tokenizer, self.images, self.device = tokenizer, images, device
         self.data = encode_splits(tokenizer, images, device)
@@ -46,6 +48,7 @@ class PriorTask:
         self.shape = {
             "levels": self.data.levels,
             "classes": len(images.class_names) if labelled else 0,
+            "tokenizer": fingerprint,
         }
         self.model = build_prior(config, self.shape).to(device)
         self.steering = Steering()

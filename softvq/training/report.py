@@ -84,7 +84,7 @@ class Measured(NamedTuple):
 def write_report(run: Path) -> Path:
     """Write run/report.html about a finished or unfinished run, and return its path.
 
-    Needs config.toml and metrics.jsonl; the page says which of the other files are missing.
+    Needs config.toml and metrics.jsonl; of the other files the page shows what is there.
     Raises ValueError when one of the two needed files is not in the folder.
     """
     for name in ("config.toml", "metrics.jsonl"):
@@ -107,7 +107,8 @@ def write_report(run: Path) -> Path:
         tiles=list(_tiles(measured.metrics, config, summary, history)),
         rows=_metric_rows(measured.metrics),
         charts=[chart for chart in charts.values() if chart],
-        missing_charts=[title for title, chart in charts.items() if not chart],
+        soft=bool(_points(history, "validation", SOFT)),
+        missing_charts=[] if finished else [title for title, chart in charts.items() if not chart],
         pictures=[
             (*words, stem.startswith("codebook"), _data_uri(run / f"{stem}.png"))
             for stem, words in PICTURES.items()
@@ -178,7 +179,16 @@ def _metric_rows(metrics: Metrics) -> list[tuple[str, str, str, str]]:
     """(name, value, better, meaning) of each metric, the known ones first."""
     names = [name for name in MEANINGS if name in metrics]
     names += [name for name in metrics if name not in MEANINGS]
-    return [(name, number(metrics[name]), *MEANINGS.get(name, ("", ""))) for name in names]
+    return [(name, number(metrics[name]), *_meaning(name)) for name in names]
+
+
+def _meaning(name: str) -> tuple[str, str]:
+    """Which is better and what it says; of a level's metric, those of the metric."""
+    for suffix in SUFFIXES[1:]:
+        if name.endswith(suffix):
+            better, words = MEANINGS.get(name.removesuffix(suffix), ("", ""))
+            return better, f"{words} At the {suffix[1:]} level." if words else ""
+    return MEANINGS.get(name, ("", ""))
 
 
 def _tiles(
@@ -198,6 +208,7 @@ def _tiles(
         yield "Soft-hard gap", number(metrics[GAP]), f"{share:+.0%} on the soft error"
     elif "reconstruction_error" in metrics:
         yield "Error", number(metrics["reconstruction_error"]), "per pixel"
+    if "psnr" in metrics and "psnr_hard" not in metrics:
         yield "PSNR", f"{metrics['psnr']:.2f} dB", "model's own output"
     for suffix in SUFFIXES:
         name = suffix.replace("_", " ")

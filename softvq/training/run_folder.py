@@ -1,5 +1,6 @@
 """The run folder: where a training run leaves what it did, and how it is read again."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from softvq.training.build import build_model
 from softvq.training.config import TrainConfig, read_config
@@ -59,7 +60,7 @@ class RunFolder:
         """Begin a new run: remove an old one's files and write the configuration."""
         for path in (self.config, self.metrics, self.model, self.summary, self.report):
             path.unlink(missing_ok=True)
-        for path in self.path.glob("*.png"):
+        for path in (*self.path.glob("*.png"), *self.path.glob("eval-*.json")):
             path.unlink()
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         self.checkpoints.mkdir()
@@ -91,17 +92,30 @@ class RunFolder:
         with replacing(self.model) as temporary:
             temporary.write_bytes(save(tensors, {"shape": json.dumps(shape)}))
 
-    def load_model(self, device: torch.device) -> nn.Module:
-        """The best weights of the run, in eval mode. Raises RunError."""
-        config = self.read_config()
+    def read_shape(self) -> dict[str, Any]:
+        """What `save_model` was told of the data. Raises RunError."""
+        return self._read_model()[0]
+
+    def fingerprint(self) -> str:
+        """Which model this is: a digest of its weights. Raises RunError."""
+        self.read_shape()
+        return hashlib.sha256(self.model.read_bytes()).hexdigest()[:16]
+
+    def _read_model(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Shape of the data, and the weights by name. Raises RunError."""
         try:
             with safe_open(self.model, "pt") as file:
-                shape = json.loads(file.metadata()["shape"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return json.loads(file.metadata()["shape"]), tensors
         except FileNotFoundError:
             raise RunError(f"{self.path}: no model.safetensors; the run has not finished") from None
         except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
             raise RunError(f"{self.model}: damaged ({error})") from error
+
+    def load_model(self, device: torch.device) -> nn.Module:
+        """The best weights of the run, in eval mode. Raises RunError."""
+        config = self.read_config()
+        shape, tensors = self._read_model()
         model = build_model(config, shape)
         try:
             model.load_state_dict(tensors)

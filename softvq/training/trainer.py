@@ -13,7 +13,7 @@ from torch import nn
 from softvq import metrics
 from softvq.training.build import build_data
 from softvq.training.checkpoint import Progress, Stateful, load_checkpoint, save_checkpoint
-from softvq.training.codes import load_tokenizer
+from softvq.training.codes import check_prior, load_tokenizer
 from softvq.training.config import PRIOR, TrainConfig, torch_device
 from softvq.training.finish import finish
 from softvq.training.images import ImageTask
@@ -47,6 +47,8 @@ def train(
     device = torch_device(config.device)
     if not resume:
         run.check(overwrite)
+    elif config.model in PRIOR and run.model.exists():
+        check_prior(run, RunFolder(config.tokenizer))
     config, task = load_task(config, device)
     if not resume:
         run.create(config)
@@ -63,7 +65,7 @@ def load_task(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, T
         tokenizer, images = load_tokenizer(run, device), build_data(run.read_config())
         config = config.resolved(len(images.train))
         torch.manual_seed(config.seed)
-        return config, PriorTask(config, tokenizer, images, device)
+        return config, PriorTask(config, tokenizer, images, device, run.fingerprint())
     images = build_data(config)
     config = config.resolved(len(images.train), images.image_shape)
     torch.manual_seed(config.seed)

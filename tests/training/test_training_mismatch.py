@@ -1,4 +1,4 @@
-"""What is still wrong: each test fails until the source is mended."""
+"""What does not belong together, or cannot be, is refused in one line."""
 
 import dataclasses
 import shutil
