@@ -12,7 +12,7 @@ from softvq.kernels.arithmetic import Arithmetic
 from softvq.kernels.memory import load_rows
 from softvq.kernels.primitives import LARGEST, PADDING_NORM, split
 
-_CODES = 32  # codes per program
+_CODES = 16  # codes per program
 
 
 class PreparedCodebook(NamedTuple):

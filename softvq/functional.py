@@ -193,9 +193,7 @@ def _prepare(
     if z.device != codebook.device:
         raise ValueError(f"z is on {z.device} and codebook on {codebook.device}; use one device")
     temperature = _temperature_tensor(temperature, z)
-    backend = _choose_backend(z, backend, support.soft_obstacle(z, codebook))
-    if backend == "triton" and support.too_wide(kernel, z, codebook, precision):
-        backend = "streaming"
+    backend = _product_backend(kernel, z, codebook, backend, precision)
 
     if codebook.dim() == 2:
         return z.reshape(1, -1, z.shape[-1]), codebook[None], temperature, backend
@@ -205,6 +203,20 @@ def _prepare(
             f"got {tuple(z.shape)}"
         )
     return z.reshape(-1, *z.shape[-2:]).transpose(0, 1), codebook, temperature, backend
+
+
+def _product_backend(
+    kernel: Literal["forward", "nearest"],
+    z: Tensor,
+    codebook: Tensor,
+    backend: str,
+    precision: str | None,
+) -> str:
+    """`_choose_backend` for the operators that multiply latents and codes."""
+    backend = _choose_backend(z, backend, support.soft_obstacle(z, codebook))
+    if backend == "triton" and support.too_wide(kernel, z, codebook, precision):
+        return "streaming"
+    return backend
 
 
 def _choose_backend(z: Tensor, backend: str, obstacle: str | None) -> str:

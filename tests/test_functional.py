@@ -170,8 +170,8 @@ def fake_card(monkeypatch):
 
 def chosen(z: torch.Tensor, backend="auto") -> tuple[str, str, str]:
     """The backends for soft_quantize, nearest_codes and code_sums."""
-    soft = functional._prepare(z, z, 1.0, backend, None)[-1]
-    nearest = functional._prepare(z, z, 1.0, backend, None, kernel="nearest")[-1]
+    soft = functional._product_backend("forward", z, z, backend, None)
+    nearest = functional._product_backend("nearest", z, z, backend, None)
     return soft, nearest, functional._choose_backend(z, backend, support.obstacle(z))
 
 
