@@ -69,6 +69,7 @@ _HOPPER: Table = {
 _BLACKWELL: Table = _HOPPER | {
     ("forward", "bfloat16"): (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 64, 8)),
     ("forward", "mixed"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 64, 8)),
+    ("forward", "converted"): (Tile(64, 128, 4), Tile(64, 64, 4)),
     ("forward", "high"): (Tile(64, 128, 4), Tile(64, 64, 4)),
     ("forward", "split"): (Tile(64, 64, 4), Tile(64, 32, 4)),
     ("row_gradients", "bfloat16"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
