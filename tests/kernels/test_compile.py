@@ -31,7 +31,8 @@ SAMPLES = {  # name: arguments, kernels
               "--kernel", *SOFT, "nearest"], 12),
     "wide": (["--inputs", "bf16/fp32", "--dim", "256", "--architecture", "90", "100",
               *EVERY_GRADIENT], 6),
-    "split": (["--inputs", "fp32 highest", "--dim", "128", *EVERY_GRADIENT], 9),
+    "split": (["--inputs", "fp32 highest", "--dim", "128", "--architecture", "80", "90",
+               *EVERY_GRADIENT], 6),
 }  # fmt: skip
 triton_3_9 = pytest.mark.skipif(
     tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9),
