@@ -19,10 +19,12 @@ from bench.launches import Launch, recorded
 from bench.machine_code import SHARED_LIMIT, TENSOR_MEMORY_LIMIT, inspect
 from bench.roofline import CARDS, kernel_work, times
 from softvq.kernels import fused, tiles
+from softvq.kernels.arithmetic import arithmetic
 from softvq.kernels.code_sums import code_sums
 from softvq.kernels.nearest import nearest
 
 ARCHITECTURES = tuple(SHARED_LIMIT)
+FAMILY = {80: "ampere", 90: "hopper", 100: "blackwell"}  # whose tiles they use
 DIMS = (16, 32, 64, 128, 256)
 ROWS, CODES = 4096, 1024
 CARD = {80: "A100", 90: "H200", 100: "B200"}  # whose limits are printed
@@ -64,11 +66,14 @@ def cases(
 ) -> Iterator[Case]:
     """Every distinct kernel that these calls launch on this architecture."""
     seen = set()
-    limit = patch.object(tiles, "shared_memory_limit", lambda _: SHARED_LIMIT[architecture])
+    family = FAMILY[architecture]
+    here = patch.object(tiles, "architecture", lambda _: family)
     for kind, dim, name in itertools.product(inputs, dims, calls):
-        if dim > tiles.widest(SHARED_LIMIT[architecture]) and name not in ("nearest", "code sums"):
+        operands = arithmetic(*INPUTS[kind]).operands
+        soft = name not in ("nearest", "code sums")
+        if soft and dim > tiles.widest("forward", operands, family):
             continue
-        with limit, recorded() as launches:
+        with here, recorded() as launches:
             call(name, dim, *INPUTS[kind])
         for launch in launches:
             if launch.key() not in seen:
@@ -116,7 +121,7 @@ def describe(case: Case) -> dict[str, object]:
         problems.append("shared memory")
     if code.tensor_memory > TENSOR_MEMORY_LIMIT:
         problems.append("tensor memory")
-    if code.serialized:
+    if code.serialized and case.dim > 32:  # below, a product is one or two instructions: no sign
         problems.append("serialized")
     if pairs and not code.loop_instructions:
         problems.append("no tensor core")

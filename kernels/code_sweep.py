@@ -12,20 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 from softvq.kernels import tiles
+from softvq.kernels.arithmetic import Arithmetic
+from softvq.kernels.memory import as_operand, load_codes, load_rows, store_with_terms, tile_start
 from softvq.kernels.primitives import (
     LN_2,
     LOG2_E,
-    as_operand,
-    load_codes,
-    load_rows,
     relative_scores,
     scale_of,
     split_dot,
-    store_rows,
-    tile_start,
     weights_operand,
 )
-from softvq.kernels.prologue import Arithmetic, PreparedCodebook
+from softvq.kernels.prologue import PreparedCodebook
 
 # At most, unless one partial sum alone is larger.
 PARTIAL_BYTES = 7 * 2**20
@@ -53,9 +50,9 @@ def launch(
     """
     heads, rows, dim = z.shape
     padded_codes, pad = prepared.high.shape[1:]
-    memory = tiles.shared_memory_limit(z.device)
     more = grad_entropy is not None or code_gradient is not None
-    tile = tiles.choose("code_sweep, all" if more else "code_sweep", how.operands, dim, memory)
+    kernel = "code_sweep, all" if more else "code_sweep"
+    tile = tiles.choose(kernel, how.operands, dim, tiles.architecture(z.device))
     blocks = triton.cdiv(codes, tile.codes)
     width = 1 if values is None and row_shift is None else pad
     splits = _splits(rows, heads, blocks, 4 * heads * padded_codes * width, tile, z.device)
@@ -220,11 +217,13 @@ def _code_sweep_kernel(
     if row_shift_pointer is None and values_pointer is None:
         tl.store(partial_pointer + out + codes, column)
     else:
-        sums *= operand_scale
-        if row_shift_pointer is not None:
-            code, code_low = load_codes(high_pointer, low_pointer, first, codes, PAD, LAST=True)
-            moved = code.to(tl.float32)
-            if SPLIT_CODEBOOK:
-                moved += code_low.to(tl.float32)
-            sums -= (column * unit)[:, None] * moved
-        store_rows(partial_pointer + out * PAD, PAD, CODES, sums, CODES, PAD, PAD)
+        column *= -unit
+        MOVES: tl.constexpr = row_shift_pointer is not None
+        high_pointer += first * PAD
+        if SPLIT_CODEBOOK:
+            low_pointer += first * PAD
+        store_with_terms(
+            *(partial_pointer + out * PAD, PAD, CODES, sums * operand_scale),
+            *(column, high_pointer, PAD, column, low_pointer, PAD, None, CODES, PAD, PAD),
+            *(MOVES, MOVES and SPLIT_CODEBOOK),
+        )

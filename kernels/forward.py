@@ -8,23 +8,27 @@ import triton.language as tl
 from torch import Tensor
 
 from softvq.kernels import tiles
+from softvq.kernels.arithmetic import Arithmetic
 from softvq.kernels.lanes import best_quad, lane_order, lane_sum, nearest_of_quad
+from softvq.kernels.memory import (
+    as_operand,
+    load_codes,
+    load_mean,
+    load_rows,
+    store_rows,
+    tile_start,
+)
 from softvq.kernels.primitives import (
     LN_2,
     LOG2_E,
     LOWEST,
     WEIGHT_SCALE,
     add_product,
-    as_operand,
-    load_codes,
-    load_rows,
     relative_scores,
     split_dot,
-    store_rows,
-    tile_start,
     weights_operand,
 )
-from softvq.kernels.prologue import Arithmetic, PreparedCodebook
+from softvq.kernels.prologue import PreparedCodebook
 
 
 class SoftForward(NamedTuple):
@@ -55,7 +59,7 @@ def launch(
         torch.empty_like(row),
         z.new_empty((2, heads, rows), dtype=torch.float32),
     )
-    tile = tiles.choose("forward", how.operands, dim, tiles.shared_memory_limit(z.device))
+    tile = tiles.choose("forward", how.operands, dim, tiles.architecture(z.device))
     if rows:
         _forward_kernel[(triton.cdiv(rows, tile.rows), heads)](
             *(z, *prepared, temperature, *out),
@@ -173,7 +177,7 @@ def _forward_kernel(
         if OPERAND == tl.float16:
             quantized *= unit / WEIGHT_SCALE
         if mean_pointer is not None:
-            quantized += tl.load(mean_pointer + tl.arange(0, PAD))[None, :]
+            quantized += load_mean(mean_pointer, PAD, LAST=True)
         store_rows(quantized_pointer + row * DIM, DIM, rows_left, quantized, ROWS, DIM, PAD)
 
     index, squared_distance = nearest_of_quad(

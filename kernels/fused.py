@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from softvq.kernels import code_sweep, forward, row_gradients
+from softvq.kernels.arithmetic import arithmetic
 from softvq.kernels.nearest import nearest as nearest
 from softvq.kernels.primitives import LARGEST
-from softvq.kernels.prologue import PreparedCodebook, arithmetic, prepare
+from softvq.kernels.prologue import PreparedCodebook, prepare
 
 
 def soft_forward(
@@ -20,7 +21,7 @@ def soft_forward(
     """Quantized (H, N, D), indices, log-partition and entropy (H, N); and for the backward each
     row's largest score and 1/Σ weights (2, H, N).
     """
-    how = arithmetic(z, codebook, precision)
+    how = arithmetic(z.dtype, codebook.dtype, precision)
     with torch.cuda.device_of(z):
         prepared = prepare(codebook, how)
         return forward.launch(
@@ -49,7 +50,7 @@ def soft_backward(
     `quantized`, `indices` and `row_state` are the forward's; without them it runs again. A missing
     incoming gradient is zero; an outgoing one that is not needed is None.
     """
-    how = arithmetic(z, codebook, precision)
+    how = arithmetic(z.dtype, codebook.dtype, precision)
     codes = codebook.shape[1]
     with torch.cuda.device_of(z):
         z, grad_quantized = _unit_stride(z), _unit_stride(grad_quantized)
@@ -83,7 +84,7 @@ def probability_sums(
     precision: str = "highest",
 ) -> Tensor:
     """Σ_n p_nk values_n, (H, K, D) for values (H, N, D); Σ_n p_nk, (H, K, 1), for None."""
-    how = arithmetic(z, codebook, precision)
+    how = arithmetic(z.dtype, codebook.dtype, precision)
     codes = codebook.shape[1]
     with torch.cuda.device_of(z):
         z, values = _unit_stride(z), _unit_stride(values)

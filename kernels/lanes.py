@@ -8,7 +8,7 @@ threads, so every reduction over the columns keeps one value a lane, [ROWS, 8], 
 import triton
 import triton.language as tl
 
-from softvq.kernels.primitives import squared_distances
+from softvq.kernels.memory import squared_distances
 
 
 @triton.jit

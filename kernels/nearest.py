@@ -13,16 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from softvq.kernels import tiles
+from softvq.kernels.arithmetic import Arithmetic
 from softvq.kernels.lanes import best_quad, lane_order, nearest_of_quad
-from softvq.kernels.primitives import (
-    LOWEST,
-    as_operand,
-    load_codes,
-    load_rows,
-    split_dot,
-    tile_start,
-)
-from softvq.kernels.prologue import Arithmetic, prepare
+from softvq.kernels.memory import as_operand, load_codes, load_rows, tile_start
+from softvq.kernels.primitives import LOWEST, split_dot
+from softvq.kernels.prologue import prepare
 
 Precision = Literal["highest", "high", "medium"]
 
@@ -40,7 +35,7 @@ def nearest(z: Tensor, codebook: Tensor, precision: Precision = "highest") -> Te
     has_float32 = torch.float32 in (z.dtype, codebook.dtype)
     split = has_float32 and precision != "medium"
     how = Arithmetic(torch.float16, split, split, split, centre=has_float32)
-    tile = tiles.choose("nearest", how.operands, dim, tiles.shared_memory_limit(z.device))
+    tile = tiles.choose("nearest", how.operands, dim, tiles.architecture(z.device))
     indices = z.new_empty((heads, rows), dtype=torch.int64)
     with torch.cuda.device_of(z):
         prepared = prepare(codebook, how)

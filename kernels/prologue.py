@@ -8,44 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from softvq.kernels import tiles
-from softvq.kernels.primitives import LARGEST, PADDING_NORM, load_rows, split
+from softvq.kernels.arithmetic import Arithmetic
+from softvq.kernels.memory import load_rows
+from softvq.kernels.primitives import LARGEST, PADDING_NORM, split
 
-_CODES = 32  # codes per program
-
-
-class Arithmetic(NamedTuple):
-    """How the products of one call are computed.
-
-    Operands are bfloat16, with the range of a float32, or float16, with three more bits but a range
-    so short that whatever is multiplied must first be scaled by a power of two.
-    """
-
-    operand: torch.dtype
-    split_latents: bool  # z enters the scores as a high and a low part
-    split_codebook: bool  # and the codes likewise
-    split_all: bool  # and so does every operand of every other product
-    centre: bool  # subtract the codebook's mean first
-
-    @property
-    def operands(self) -> tiles.Operands:
-        """What the choice of a tile depends on."""
-        if self.split_all:
-            return "split"
-        native = self.operand == torch.bfloat16 and not self.centre
-        return "bfloat16" if native else "converted"
-
-
-def arithmetic(z: Tensor, codebook: Tensor, precision: str) -> Arithmetic:
-    """The arithmetic for these dtypes; `precision` speaks for float32 latents only.
-
-    Centring 16-bit latents would round them again, where their products are exact as they are.
-    """
-    if z.dtype != torch.float32:
-        return Arithmetic(z.dtype, False, codebook.dtype != z.dtype, False, False)
-    if precision == "highest":
-        return Arithmetic(torch.float16, True, True, True, True)
-    high = precision == "high"
-    return Arithmetic(torch.bfloat16, high, high, False, True)
+_CODES = 16  # codes per program
 
 
 class PreparedCodebook(NamedTuple):

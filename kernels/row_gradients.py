@@ -12,25 +12,28 @@ import triton.language as tl
 from torch import Tensor
 
 from softvq.kernels import tiles
+from softvq.kernels.arithmetic import Arithmetic
+from softvq.kernels.memory import (
+    as_operand,
+    load_codes,
+    load_rows,
+    row_dots,
+    squared_distances,
+    store_with_terms,
+    tile_start,
+)
 from softvq.kernels.primitives import (
     LARGEST,
     LN_2,
     LOG2_E,
     add_product,
-    as_operand,
     dot,
-    load_codes,
-    load_rows,
     relative_scores,
-    row_dots,
     scale_of,
     split_dot,
-    squared_distances,
-    store_rows,
-    tile_start,
     weights_operand,
 )
-from softvq.kernels.prologue import Arithmetic, PreparedCodebook
+from softvq.kernels.prologue import PreparedCodebook
 
 
 class RowGradients(NamedTuple):
@@ -61,10 +64,9 @@ def launch(
     rows (H, N) contiguous; indices and row_state the forward's; code_gradient (H, padded K) is υ/N.
     """
     heads, rows, dim = z.shape
-    memory = tiles.shared_memory_limit(z.device)
     more = needs_temperature or grad_entropy is not None or code_gradient is not None
     kernel = "row_gradients, all" if more else "row_gradients"
-    tile = tiles.choose(kernel, how.operands, dim, memory)
+    tile = tiles.choose(kernel, how.operands, dim, tiles.architecture(z.device))
     blocks = triton.cdiv(rows, tile.rows)
     row_shift = z.new_empty((heads, rows), dtype=torch.float32)
     # One more block than there are, so that an empty batch has a sum and a maximum too.
@@ -268,22 +270,17 @@ def _row_gradients_kernel(
         change = -inverse_temperature * tl.sum(tl.where(counted, change, 0.0))
         tl.store(grad_temperature_pointer + block, change)
     if grad_z_pointer is not None:
-        pull *= inverse_total[:, None]
+        factor = 2.0 * inverse_temperature * inverse_total
         if OPERAND == tl.float16:
-            pull *= (operand_scale * unit)[:, None]
-        # [ROWS, PAD]
-        quantized = load_rows(quantized_pointer, DIM, rows_left, ROWS, DIM, PAD).to(tl.float32)
-        if mean_pointer is not None:
-            quantized -= tl.load(mean_pointer + tl.arange(0, PAD))[None, :]
-        if grad_log_partition_pointer is None:
-            pull -= sigma[:, None] * quantized
-        else:
-            pull += (grad_log_partition - sigma)[:, None] * quantized
-            tl.debug_barrier()  # one matrix after the other: wide rows have no registers for both
-            z = load_rows(z_pointer, row_stride, rows_left, ROWS, DIM, PAD, LAST=True)
-            z = z.to(tl.float32)
-            if mean_pointer is not None:
-                z -= tl.load(mean_pointer + tl.arange(0, PAD))[None, :]
-            pull -= grad_log_partition[:, None] * z
-        grad_z_pointer += (head * rows + start) * DIM
-        store_rows(grad_z_pointer, DIM, rows_left, 2.0 * inverse_temperature * pull, ROWS, DIM, PAD)
+            factor *= operand_scale * unit
+        along_quantized = -2.0 * inverse_temperature * sigma
+        along_z = along_quantized
+        WITH_Z: tl.constexpr = grad_log_partition_pointer is not None
+        if WITH_Z:
+            along_z = -2.0 * inverse_temperature * grad_log_partition
+            along_quantized -= along_z
+        store_with_terms(
+            *(grad_z_pointer + (head * rows + start) * DIM, DIM, rows_left),
+            *(pull * factor[:, None], along_quantized, quantized_pointer, DIM),
+            *(along_z, z_pointer, row_stride, mean_pointer, ROWS, DIM, PAD, True, WITH_Z),
+        )

@@ -12,12 +12,15 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from softvq.kernels.arithmetic import Operands
+
 # "all": with the gradients of entropy, usage or temperature, which need registers of their own.
 Kernel = Literal[
     "forward", "row_gradients", "row_gradients, all", "code_sweep", "code_sweep, all", "nearest"
 ]
-# bfloat16 latents as they are; anything else that is rounded once; two parts in every product.
-Operands = Literal["bfloat16", "converted", "split"]
+# By what a product needs: sm_90; sm_100; and all with less shared memory than they have, from sm_80
+# on, where both operands of a product pass through registers, which small tiles must spare.
+Architecture = Literal["hopper", "blackwell", "ampere"]
 
 CODE_MULTIPLE = 128  # codebooks are padded to a multiple of the largest tile
 
@@ -31,50 +34,90 @@ class Tile(NamedTuple):
     stages: int = 2
 
 
-# For padded D up to 64, 128 and, where the kernel goes that far, 256.
+# For padded D up to 64, 128 and, where a tile without spills is known, 256.
 Row = tuple[Tile, ...]
-_TABLE: dict[tuple[Kernel, Operands], Row] = {
+Table = dict[tuple[Kernel, Operands], Row]
+_HOPPER: Table = {
     ("forward", "bfloat16"): (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 64, 4)),
-    ("forward", "converted"): (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 64, 4, 1)),
-    ("forward", "split"): (Tile(64, 64, 4), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
-    ("row_gradients", "bfloat16"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
-    ("row_gradients", "converted"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 32, 4, 1)),
-    ("row_gradients", "split"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 32, 4, 1)),
-    ("row_gradients, all", "bfloat16"): (Tile(64, 64, 4), Tile(128, 64, 8), Tile(64, 32, 4)),
-    ("row_gradients, all", "converted"): (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 32, 4, 1)),
-    ("row_gradients, all", "split"): (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 32, 4, 1)),
+    ("forward", "mixed"): (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 32, 4)),
+    ("forward", "converted"): (Tile(64, 128, 4), Tile(64, 128, 4)),
+    ("forward", "high"): (Tile(64, 128, 4), Tile(64, 128, 4)),
+    ("forward", "split"): (Tile(64, 64, 4), Tile(64, 32, 4, 1)),
+    ("row_gradients", "bfloat16"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 32, 4)),
+    ("row_gradients", "mixed"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 32, 4)),
+    ("row_gradients", "converted"): (Tile(64, 64, 4), Tile(64, 64, 4)),
+    ("row_gradients", "high"): (Tile(64, 64, 4), Tile(64, 64, 4)),
+    ("row_gradients", "split"): (Tile(64, 64, 4), Tile(64, 64, 4)),
+    ("row_gradients, all", "bfloat16"): (Tile(64, 64, 4), Tile(128, 64, 8), Tile(128, 32, 8)),
+    ("row_gradients, all", "mixed"): (Tile(64, 64, 4), Tile(128, 64, 8), Tile(128, 32, 8)),
+    ("row_gradients, all", "converted"): (Tile(64, 64, 4), Tile(64, 32, 4)),
+    ("row_gradients, all", "high"): (Tile(64, 64, 4), Tile(64, 32, 4)),
+    ("row_gradients, all", "split"): (Tile(64, 64, 4), Tile(64, 32, 4)),
     ("code_sweep", "bfloat16"): (Tile(128, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
-    ("code_sweep", "converted"): (Tile(64, 128, 8), Tile(64, 128, 8), Tile(32, 64, 4)),
-    ("code_sweep", "split"): (Tile(64, 128, 8), Tile(32, 128, 8, 1), Tile(16, 64, 4, 1)),
+    ("code_sweep", "mixed"): (Tile(128, 64, 4), Tile(64, 64, 4), Tile(32, 128, 8)),
+    ("code_sweep", "converted"): (Tile(64, 128, 8), Tile(64, 128, 8)),
+    ("code_sweep", "high"): (Tile(64, 128, 8), Tile(64, 128, 8)),
+    ("code_sweep", "split"): (Tile(64, 128, 8), Tile(16, 128, 8, 1)),
     ("code_sweep, all", "bfloat16"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
-    ("code_sweep, all", "converted"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(16, 64, 4, 1)),
-    ("code_sweep, all", "split"): (Tile(32, 128, 8), Tile(32, 128, 8, 1), Tile(16, 64, 4, 1)),
+    ("code_sweep, all", "mixed"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 128, 8)),
+    ("code_sweep, all", "converted"): (Tile(64, 128, 8), Tile(32, 128, 8)),
+    ("code_sweep, all", "high"): (Tile(64, 128, 8), Tile(32, 128, 8)),
+    ("code_sweep, all", "split"): (Tile(32, 128, 8), Tile(16, 128, 8, 1)),
     ("nearest", "converted"): (Tile(128, 128, 8), Tile(128, 128, 8), Tile(128, 128, 8)),
     ("nearest", "split"): (Tile(128, 128, 8), Tile(128, 128, 8), Tile(64, 64, 4)),
 }
-# Before sm_90 both operands of a product pass through registers, which small tiles must spare and
-# which codes of more than 128 elements do not leave; so too on the consumer's cards after it. All
-# of these are known by their shared memory, of which the smallest have 99 KB.
-_HOPPER_SHARED_MEMORY = 227 * 1024
-_SMALL: dict[tuple[Kernel, Operands], Row] = {
-    ("forward", "bfloat16"): (Tile(128, 64, 8), Tile(128, 64, 8)),
-    ("forward", "converted"): (Tile(128, 64, 8), Tile(128, 32, 8)),
-    ("forward", "split"): (Tile(128, 64, 8), Tile(128, 32, 8)),
-    ("row_gradients", "bfloat16"): (Tile(128, 64, 8), Tile(128, 32, 8)),
-    ("row_gradients", "converted"): (Tile(128, 64, 8), Tile(128, 32, 8)),
-    ("row_gradients", "split"): (Tile(128, 32, 8), Tile(64, 32, 4, 1)),
-    ("row_gradients, all", "bfloat16"): (Tile(128, 64, 8), Tile(128, 32, 8)),
-    ("row_gradients, all", "converted"): (Tile(128, 64, 8), Tile(128, 32, 8)),
-    ("row_gradients, all", "split"): (Tile(128, 32, 8), Tile(64, 32, 4, 1)),
-    ("code_sweep", "bfloat16"): (Tile(64, 128, 8), Tile(32, 128, 8)),
-    ("code_sweep", "converted"): (Tile(32, 128, 8), Tile(32, 128, 8)),
-    ("code_sweep", "split"): (Tile(32, 128, 8), Tile(32, 128, 8, 1)),
-    ("code_sweep, all", "bfloat16"): (Tile(64, 128, 8), Tile(32, 128, 8)),
-    ("code_sweep, all", "converted"): (Tile(32, 128, 8), Tile(32, 128, 8)),
+_BLACKWELL: Table = _HOPPER | {
+    ("forward", "bfloat16"): (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 64, 8)),
+    ("forward", "mixed"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 64, 8)),
+    ("forward", "converted"): (Tile(64, 128, 4), Tile(64, 64, 4)),
+    ("forward", "high"): (Tile(64, 128, 4), Tile(64, 64, 4)),
+    ("forward", "split"): (Tile(64, 64, 4), Tile(64, 32, 4)),
+    ("row_gradients", "bfloat16"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
+    ("row_gradients", "mixed"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
+    ("row_gradients", "split"): (Tile(64, 64, 4), Tile(64, 32, 8)),
+    ("row_gradients, all", "bfloat16"): (Tile(64, 64, 4), Tile(128, 64, 8), Tile(64, 32, 4)),
+    ("row_gradients, all", "mixed"): (Tile(64, 64, 4), Tile(128, 64, 8), Tile(64, 32, 4)),
+    ("row_gradients, all", "split"): (Tile(64, 64, 4, 1), Tile(64, 32, 8)),
+    ("code_sweep", "mixed"): (Tile(128, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
+    ("code_sweep", "split"): (Tile(64, 128, 8), Tile(32, 128, 8, 1)),
+    ("code_sweep, all", "mixed"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
     ("code_sweep, all", "split"): (Tile(32, 128, 8), Tile(32, 128, 8, 1)),
+}
+_AMPERE: Table = {
+    ("forward", "bfloat16"): (Tile(128, 64, 8), Tile(128, 64, 8)),
+    ("forward", "mixed"): (Tile(128, 64, 8), Tile(128, 64, 8)),
+    ("forward", "converted"): (Tile(128, 64, 8), Tile(128, 32, 8)),
+    ("forward", "high"): (Tile(128, 64, 8), Tile(128, 32, 8)),
+    ("forward", "split"): (Tile(128, 64, 8), Tile(16, 32, 2)),
+    ("row_gradients", "bfloat16"): (Tile(128, 64, 8), Tile(128, 32, 8)),
+    ("row_gradients", "mixed"): (Tile(128, 64, 8), Tile(128, 32, 8)),
+    ("row_gradients", "converted"): (Tile(128, 64, 8), Tile(128, 32, 8)),
+    ("row_gradients", "high"): (Tile(128, 64, 8), Tile(32, 32, 2)),
+    ("row_gradients", "split"): (Tile(128, 32, 8), Tile(16, 32, 2)),
+    ("row_gradients, all", "bfloat16"): (Tile(128, 64, 8), Tile(128, 32, 8)),
+    ("row_gradients, all", "mixed"): (Tile(128, 64, 8), Tile(128, 32, 8)),
+    ("row_gradients, all", "converted"): (Tile(128, 64, 8), Tile(128, 32, 8)),
+    ("row_gradients, all", "high"): (Tile(128, 64, 8), Tile(16, 32, 2)),
+    ("row_gradients, all", "split"): (Tile(128, 32, 8), Tile(16, 32, 2)),
+    ("code_sweep", "bfloat16"): (Tile(64, 128, 8), Tile(32, 128, 8)),
+    ("code_sweep", "mixed"): (Tile(64, 128, 8), Tile(32, 128, 8)),
+    ("code_sweep", "converted"): (Tile(32, 128, 8), Tile(32, 128, 8)),
+    ("code_sweep", "high"): (Tile(32, 128, 8), Tile(16, 16, 1)),
+    ("code_sweep", "split"): (Tile(32, 128, 8), Tile(16, 128, 8, 1)),
+    ("code_sweep, all", "bfloat16"): (Tile(64, 128, 8), Tile(32, 128, 8)),
+    ("code_sweep, all", "mixed"): (Tile(64, 128, 8), Tile(32, 128, 8)),
+    ("code_sweep, all", "converted"): (Tile(32, 128, 8), Tile(32, 128, 8)),
+    ("code_sweep, all", "high"): (Tile(32, 128, 8), Tile(16, 16, 1)),
+    ("code_sweep, all", "split"): (Tile(32, 128, 8), Tile(16, 128, 8, 1)),
     ("nearest", "converted"): (Tile(128, 64, 8), Tile(128, 64, 8), Tile(64, 64, 4)),
     ("nearest", "split"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 64, 4, 1)),
 }
+_TABLES: dict[Architecture, Table] = {
+    "hopper": _HOPPER,
+    "blackwell": _BLACKWELL,
+    "ampere": _AMPERE,
+}
+_HOPPER_SHARED_MEMORY = 227 * 1024  # the consumer's cards, also the latest, have 99 KB
 
 
 def padded_dim(dim: int) -> int:
@@ -82,24 +125,31 @@ def padded_dim(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def shared_memory_limit(device: torch.device) -> int:
-    """Bytes of shared memory one program may use; generous where nothing is compiled."""
+def architecture(device: torch.device) -> Architecture:
+    """Whose tiles suit this device; anyone's where nothing is compiled."""
     if device.type != "cuda":
-        return _HOPPER_SHARED_MEMORY
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        return "hopper"
+    card = torch.cuda.get_device_properties(device)
+    if card.shared_memory_per_block_optin < _HOPPER_SHARED_MEMORY:
+        return "ampere"
+    return "hopper" if card.major == 9 else "blackwell"
 
 
-def widest(shared_memory: int) -> int:
-    """The largest D that the soft kernels take on such a device."""
-    return 256 if shared_memory >= _HOPPER_SHARED_MEMORY else 128
+def widest(kernel: Kernel, operands: Operands, architecture: Architecture) -> int:
+    """The largest D for which there are registers enough."""
+    return 32 << len(_TABLES[architecture][kernel, operands])
 
 
-def choose(kernel: Kernel, operands: Operands, dim: int, shared_memory: int) -> Tile:
+def choose(kernel: Kernel, operands: Operands, dim: int, architecture: Architecture) -> Tile:
     """The tile for this kernel, these operands and codes of `dim` elements."""
-    table = _TABLE if shared_memory >= _HOPPER_SHARED_MEMORY else _SMALL
-    return table[kernel, operands][max(0, padded_dim(dim).bit_length() - 7)]
+    return _TABLES[architecture][kernel, operands][max(0, padded_dim(dim).bit_length() - 7)]
 
 
-def every_choice() -> set[Tile]:
-    """All that `choose` can answer."""
-    return {tile for table in (_TABLE, _SMALL) for row in table.values() for tile in row}
+def every_choice() -> dict[tuple[Architecture, Kernel, Operands, int], Tile]:
+    """All that `choose` can answer; the last of the key is the largest D."""
+    return {
+        (architecture, kernel, operands, 64 << position): tile
+        for architecture, table in _TABLES.items()
+        for (kernel, operands), row in table.items()
+        for position, tile in enumerate(row)
+    }

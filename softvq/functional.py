@@ -1,21 +1,16 @@
 """The public operators: validation, layout and the choice of a backend around `softvq.kernels`."""
 
-import importlib.util
 import math
-import os
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from softvq.kernels import autograd, operators, reference, tiles
+from softvq.kernels import autograd, operators, reference, support
 
 Estimator = Literal["soft", "straight_through"]
 Backend = Literal["auto", "triton", "streaming", "reference"]
 Precision = Literal["highest", "high", "medium"]
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_LEAST_CAPABILITY = 8  # from there on matrix units take bfloat16 and tf32
 
 
 class SoftQuantized(NamedTuple):
@@ -50,7 +45,7 @@ def soft_quantize(
         detach_probabilities: treat the probabilities as constants: only the codebook receives a
             gradient, Pᵀ·dq, and log_partition and entropy receive none (the original Soft VQ-VAE).
         backend: "triton" (fused kernels for CUDA from compute capability 8.0 on; no float64;
-            D > 256 streams, and D > 128 on cards with less shared memory than an H100),
+            D > 128 streams, except up to 256 for bfloat16 latents on an H100 and its successors),
             "streaming" (plain PyTorch, any device, no N×K matrix), "reference" (N×K matrices, for
             checking), or "auto": "triton" where it can be, else "streaming".
             All differentiate z, codebook and temperature by hand-written formulas. The fused
@@ -126,7 +121,9 @@ def nearest_codes(
     distance is differentiable in z and codebook. Arguments and errors as in `soft_quantize`, but
     "high" here is as accurate as "highest", and "medium" rounds float32 to float16.
     """
-    z_heads, codebook_heads, _, backend = _prepare(z, codebook, 1.0, backend, precision)
+    z_heads, codebook_heads, _, backend = _prepare(
+        z, codebook, 1.0, backend, precision, kernel="nearest"
+    )
     indices = operators.nearest(z_heads.detach(), codebook_heads.detach(), precision, backend)
     codes = autograd.CodesAt.apply(codebook_heads, indices, backend)
     squared_distance = (z_heads - codes).square().sum(-1)
@@ -166,7 +163,7 @@ def code_sums(
         low, high = (int(x) for x in indices.aminmax())
         if low < 0 or high >= codebook_size:
             raise ValueError(f"indices must lie in [0, {codebook_size}), got {low} to {high}")
-    backend = _choose_backend(z, backend, _fused_obstacle(z))
+    backend = _choose_backend(z, backend, support.obstacle(z))
     return operators.code_sums(rows, indices, codebook_size, backend)
 
 
@@ -176,6 +173,7 @@ def _prepare(
     temperature: float | Tensor,
     backend: str,
     precision: str | None,
+    kernel: Literal["forward", "nearest"] = "forward",
 ) -> tuple[Tensor, Tensor, Tensor, str]:
     """Check everything, and bring z to (H, N, D), the codebook to (H, K, D), T to a 0-d tensor."""
     _one_of("backend", backend, Backend)
@@ -195,7 +193,7 @@ def _prepare(
     if z.device != codebook.device:
         raise ValueError(f"z is on {z.device} and codebook on {codebook.device}; use one device")
     temperature = _temperature_tensor(temperature, z)
-    backend = _soft_backend(z, codebook, backend)
+    backend = _product_backend(kernel, z, codebook, backend, precision)
 
     if codebook.dim() == 2:
         return z.reshape(1, -1, z.shape[-1]), codebook[None], temperature, backend
@@ -207,14 +205,17 @@ def _prepare(
     return z.reshape(-1, *z.shape[-2:]).transpose(0, 1), codebook, temperature, backend
 
 
-def _soft_backend(z: Tensor, codebook: Tensor, backend: str) -> str:
-    """`_choose_backend` for the kernels of `softvq.kernels.fused`."""
-    obstacle = _fused_obstacle(z)
-    if torch.float64 in (z.dtype, codebook.dtype):
-        obstacle = "has no float64; use 'streaming' or 'reference'"
-    backend = _choose_backend(z, backend, obstacle)
-    if backend == "triton" and z.shape[-1] > tiles.widest(tiles.shared_memory_limit(z.device)):
-        return "streaming"  # no registers for rows as wide as that
+def _product_backend(
+    kernel: Literal["forward", "nearest"],
+    z: Tensor,
+    codebook: Tensor,
+    backend: str,
+    precision: str | None,
+) -> str:
+    """`_choose_backend` for the operators that multiply latents and codes."""
+    backend = _choose_backend(z, backend, support.soft_obstacle(z, codebook))
+    if backend == "triton" and support.too_wide(kernel, z, codebook, precision):
+        return "streaming"
     return backend
 
 
@@ -225,25 +226,6 @@ def _choose_backend(z: Tensor, backend: str, obstacle: str | None) -> str:
     if backend == "auto":
         return "triton" if z.is_cuda and not obstacle else "streaming"
     return backend
-
-
-def _fused_obstacle(z: Tensor) -> str | None:
-    """What this machine lacks for fused kernels on z, as the end of a sentence."""
-    if not _HAS_TRITON:
-        return "needs the package triton"
-    if z.is_cuda:
-        device = torch.cuda.get_device_properties(z.device)
-        if device.major < _LEAST_CAPABILITY:
-            return (
-                f"needs a GPU of compute capability {_LEAST_CAPABILITY}.0, "
-                f"{device.name} has {device.major}.{device.minor}"
-            )
-    elif os.environ.get("TRITON_INTERPRET") != "1":
-        return (
-            f"needs CUDA tensors, got {z.device}; "
-            "with TRITON_INTERPRET=1 in the environment it interprets them, slowly"
-        )
-    return None
 
 
 def _temperature_tensor(temperature: float | Tensor, z: Tensor) -> Tensor:

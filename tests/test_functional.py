@@ -8,10 +8,10 @@ from torch._subclasses import FakeTensorMode
 
 import softvq
 from softvq import functional
-from softvq.kernels import streaming
+from softvq.kernels import streaming, support
 
 BACKENDS = ("streaming", "reference")
-needs_triton = pytest.mark.skipif(not functional._HAS_TRITON, reason="needs triton")
+needs_triton = pytest.mark.skipif(not support._HAS_TRITON, reason="needs triton")
 EVERY_BACKEND = (*BACKENDS, pytest.param("triton", marks=needs_triton))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where triton runs
 
@@ -168,24 +168,37 @@ def fake_card(monkeypatch):
     return tensor
 
 
-def chosen(z: torch.Tensor, backend="auto") -> tuple[str, str]:
-    """The backend for soft_quantize, and the one for code_sums."""
-    obstacle = functional._fused_obstacle(z)
-    return functional._soft_backend(z, z, backend), functional._choose_backend(z, backend, obstacle)
+def chosen(z: torch.Tensor, backend="auto") -> tuple[str, str, str]:
+    """The backends for soft_quantize, nearest_codes and code_sums."""
+    soft = functional._product_backend("forward", z, z, backend, None)
+    nearest = functional._product_backend("nearest", z, z, backend, None)
+    return soft, nearest, functional._choose_backend(z, backend, support.obstacle(z))
+
+
+# (compute capability, latents, the largest D of the fused kernels)
+WIDEST = [
+    (8, torch.bfloat16, 128),
+    (9, torch.float32, 128),
+    (9, torch.float16, 128),
+    (9, torch.bfloat16, 256),
+    (10, torch.bfloat16, 256),
+    (12, torch.bfloat16, 128),  # as little shared memory as on the consumer's cards before it
+]
 
 
 @needs_triton
 def test_auto_is_fused_where_the_kernels_can_be_used(fake_card, monkeypatch):
-    assert chosen(fake_card()) == ("triton", "triton")
-    assert chosen(fake_card(dim=256)) == ("triton", "triton")
-    assert chosen(fake_card(dim=257)) == ("streaming", "triton")
-    assert chosen(fake_card(major=8, dim=128)) == ("triton", "triton")
-    assert chosen(fake_card(major=8, dim=129)) == ("streaming", "triton")
-    assert chosen(fake_card(dtype=torch.float64)) == ("streaming", "triton")
-    assert chosen(fake_card(major=7)) == ("streaming", "streaming")
-    assert chosen(torch.empty(3, 4)) == ("streaming", "streaming")
-    monkeypatch.setattr(functional, "_HAS_TRITON", False)
-    assert chosen(fake_card()) == ("streaming", "streaming")
+    assert chosen(fake_card()) == ("triton",) * 3
+    for major, dtype, widest in WIDEST:
+        assert chosen(fake_card(major, widest, dtype)) == ("triton",) * 3
+        assert chosen(fake_card(major, widest + 1, dtype))[0] == "streaming"
+    assert chosen(fake_card(8, 256)) == ("streaming", "triton", "triton")
+    assert chosen(fake_card(dim=257)) == ("streaming", "streaming", "triton")
+    assert chosen(fake_card(dtype=torch.float64)) == ("streaming", "streaming", "triton")
+    assert chosen(fake_card(major=7)) == ("streaming",) * 3
+    assert chosen(torch.empty(3, 4)) == ("streaming",) * 3
+    monkeypatch.setattr(support, "_HAS_TRITON", False)
+    assert chosen(fake_card()) == ("streaming",) * 3
 
 
 @needs_triton
@@ -197,7 +210,7 @@ def test_triton_says_what_it_lacks(fake_card, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="'triton' needs CUDA tensors, got cpu"):
         softvq.code_sums(torch.ones(3, 4), torch.tensor([0, 1, 1]), 2, backend="triton")
-    monkeypatch.setattr(functional, "_HAS_TRITON", False)
+    monkeypatch.setattr(support, "_HAS_TRITON", False)
     with pytest.raises(ValueError, match="'triton' needs the package triton"):
         chosen(fake_card(), "triton")
 

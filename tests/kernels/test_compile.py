@@ -1,8 +1,8 @@
 """The machine code of the kernels, for architectures that need not be here: bench compile.
 
 In a process of its own, because the other tests of the kernels interpret Triton, and a process
-either interprets or compiles. D = 64 only, and one of the other dtypes: the whole table takes a
-quarter of an hour.
+either interprets or compiles. A sample only, the hardest cases among it: all take half an hour. The
+tables are committed, and must be those of the tiles as they are.
 """
 
 import csv
@@ -13,42 +13,93 @@ from pathlib import Path
 
 import pytest
 
+from softvq.kernels import tiles
+from softvq.kernels.arithmetic import arithmetic
+
 triton = pytest.importorskip("triton", reason="Triton compiles the kernels; it is not installed")
+compile = pytest.importorskip("bench.compile")
 
 ROOT = Path(__file__).parents[2]
+TABLES = ROOT / "bench" / "results" / "compile"
 MATRIX_UNIT = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
-# Instructions per (row, code) pair: bf16 on sm_90.
+# Instructions per (row, code) pair: bf16, D = 64, sm_90.
 MOST_INSTRUCTIONS = {"forward": 10.5, "row_gradients": 9.0, "code_sweep": 12.2, "nearest": 4.5}
+SOFT = ["forward", "row_gradients", "code_sweep"]
+EVERY_GRADIENT = ["--call", "backward, all", "--kernel", *SOFT]
+SAMPLES = {  # name: arguments, kernels
+    "bf16": (["--inputs", "bf16", "--dim", "64", "--call", "forward", "backward", "nearest",
+              "--kernel", *SOFT, "nearest"], 12),
+    "wide": (["--inputs", "bf16/fp32", "--dim", "256", "--architecture", "90", "100",
+              *EVERY_GRADIENT], 6),
+    "split": (["--inputs", "fp32 highest", "--dim", "128", "--architecture", "80", "90",
+               *EVERY_GRADIENT], 6),
+}  # fmt: skip
+triton_3_9 = pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9),
+    reason="the figures are those of triton 3.9; older ones need up to a fifth more instructions",
+)
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory) -> dict[tuple[str, str, str], dict[str, str]]:
-    """The rows that `bench compile` writes, by architecture, inputs and kernel."""
-    out = tmp_path_factory.mktemp("compile") / "table.csv"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    options = "--inputs bf16 bf16/fp32 --dim 64 --call forward backward nearest"
-    command = [sys.executable, "-m", "bench", "compile", *options.split(), "--out", str(out)]
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert out.exists(), process.stderr
-    rows = list(csv.DictReader(out.open()))
-    assert process.returncode == any(row["problems"] for row in rows), process.stderr
-    return {(row["architecture"], row["inputs"], row["kernel"]): row for row in rows}
+def sample(tmp_path_factory):
+    """The rows that `bench compile` writes, by name of a sample; compiled once."""
+    tables = {}
+
+    def rows(name: str) -> list[dict[str, str]]:
+        if name not in tables:
+            out = tmp_path_factory.mktemp("compile") / "table.csv"
+            environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+            command = [sys.executable, "-m", "bench", "compile", *SAMPLES[name][0]]
+            process = subprocess.run(
+                [*command, "--out", str(out)],
+                cwd=ROOT, env=environment, capture_output=True, text=True,
+            )  # fmt: skip
+            assert out.exists(), process.stderr
+            tables[name] = list(csv.DictReader(out.open()))
+            failed = any(row["problems"] for row in tables[name])
+            assert process.returncode == failed, process.stderr
+        return tables[name]
+
+    return rows
 
 
+def kernel_of(row: dict[str, str]) -> tiles.Kernel:
+    every_gradient = row["call"] == "backward, all" and row["kernel"] in SOFT[1:]
+    return f"{row['kernel']}, all" if every_gradient else row["kernel"]
+
+
+def operands_of(row: dict[str, str]) -> str:
+    if row["kernel"] == "nearest":
+        return "split" if "fp32" in row["inputs"] else "converted"
+    return arithmetic(*compile.INPUTS[row["inputs"]]).operands
+
+
+@triton_3_9
+@pytest.mark.parametrize("name", SAMPLES)
+def test_no_spill_within_shared_memory_and_on_the_matrix_unit(sample, name):
+    assert len(sample(name)) == SAMPLES[name][1]
+    for row in sample(name):
+        assert row["tensor_core"] == MATRIX_UNIT[row["architecture"]], row
+        assert not row["problems"], row
+
+
+@triton_3_9
 @pytest.mark.parametrize("kernel", MOST_INSTRUCTIONS)
-@pytest.mark.parametrize("inputs", ["bf16", "bf16/fp32"])
-@pytest.mark.parametrize("architecture", MATRIX_UNIT)
-def test_matrix_unit_registers_and_shared_memory(table, architecture, inputs, kernel):
-    row = table[architecture, inputs, kernel]
-    assert row["tensor_core"] == MATRIX_UNIT[architecture]
-    assert not row["problems"]
+def test_instructions_per_pair(sample, kernel):
+    rows = {(row["architecture"], row["kernel"]): row for row in sample("bf16")}
+    assert 0 < float(rows["sm_90", kernel]["per_pair"]) <= MOST_INSTRUCTIONS[kernel]
 
 
-@pytest.mark.skipif(
-    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9),
-    reason="the counts are those of triton 3.9; older ones need up to a fifth more",
-)
-@pytest.mark.parametrize("kernel", MOST_INSTRUCTIONS)
-def test_instructions_per_pair(table, kernel):
-    row = table["sm_90", "bf16", kernel]
-    assert 0 < float(row["per_pair"]) <= MOST_INSTRUCTIONS[kernel]
+def test_the_committed_tables_are_of_these_tiles():
+    """Every tile that can be chosen has its rows, and none of them a problem."""
+    covered = set()
+    rows = [row for path in TABLES.glob("triton-3.9.0*.csv") for row in csv.DictReader(path.open())]
+    for row in rows:
+        assert not row["problems"], row
+        if row["rows"]:
+            family = compile.FAMILY[int(row["architecture"].removeprefix("sm_"))]
+            operands, dim = operands_of(row), int(row["dim"])
+            tile = tiles.choose(kernel_of(row), operands, dim, family)
+            assert (row["rows"], row["codes"], row["warps"]) == tuple(map(str, tile[:3])), row
+            covered.add((family, kernel_of(row), operands, max(64, dim)))
+    assert covered == set(tiles.every_choice())

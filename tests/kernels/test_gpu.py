@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="the fused kernels are written in Triton")
 
 from bench.bounds import ALL, make
 from bench.truth import Errors, Problem, forward, gradients, matmul_in
-from softvq.kernels import fused, tiles
+from softvq.kernels import fused, support
 from softvq.kernels.code_sums import code_sums
 
 pytestmark = pytest.mark.gpu
@@ -33,11 +33,14 @@ ARITHMETICS = [
 ]
 
 
-def draw(heads, rows, codes, dim, z_dtype=torch.float32, codebook_dtype=torch.float32) -> Problem:
-    if dim > tiles.widest(tiles.shared_memory_limit(torch.device(DEVICE))):
-        pytest.skip("wider than the soft kernels go on this card")
+def draw(
+    heads, rows, codes, dim, z_dtype=torch.float32, codebook_dtype=torch.float32, kernel="forward"
+) -> Problem:
     problem = make(heads, rows, codes, dim, temperature=dim / 8, device=DEVICE)
-    return Problem(problem.z.to(z_dtype), problem.codebook.to(codebook_dtype), problem.temperature)
+    z, codebook = problem.z.to(z_dtype), problem.codebook.to(codebook_dtype)
+    if support.too_wide(kernel, z, codebook, "highest"):
+        pytest.skip("wider than the kernels go on this card")
+    return Problem(z, codebook, problem.temperature)
 
 
 def incoming_of(problem: Problem) -> dict[str, torch.Tensor]:
@@ -139,7 +142,7 @@ def test_large_problems_against_float64(dtypes, dim, codes):
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_nearest_of_large_problems(dtypes, dim, codes):
     """No code is closer than the chosen one by more than the rounding of a product z·c."""
-    z, codebook, _ = draw(1, 70_001, codes, dim, *dtypes)
+    z, codebook, _ = draw(1, 70_001, codes, dim, *dtypes, kernel="nearest")
     indices = fused.nearest(z, codebook)[0]
     z, codebook = z[0].double(), codebook[0].double()
     longest = codebook.norm(dim=1).max()

@@ -36,7 +36,7 @@ SHAPES = [  # heads, rows, codes, D
     (2, 67, 67, 48),
     (1, 130, 130, 64),
     (1, 130, 67, 65),
-    (1, 67, 130, 130),
+    (1, 67, 130, 100),
 ]
 
 
@@ -71,6 +71,16 @@ def test_16_bit_latents_with_a_float32_codebook(dtype):
         return Problem(problem.z.to(dtype), problem.codebook, problem.temperature)
 
     check_fused(mixed, None, matmul=matmul_in(dtype))
+
+
+@pytest.mark.parametrize("codebook_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_wide_codes(codebook_dtype):
+    def wide() -> Problem:
+        problem = draw(1, 67, 130, 200)
+        z, codebook = problem.z.bfloat16(), problem.codebook.to(codebook_dtype)
+        return Problem(z, codebook, problem.temperature * 20)
+
+    check_fused(wide, None, matmul=matmul_in(torch.bfloat16))
 
 
 @pytest.mark.parametrize("precision", REDUCED_PRECISION)
@@ -174,7 +184,7 @@ def test_partial_sums_are_bounded():
 
 
 def test_every_tile_divides_the_padded_codebook():
-    for tile in tiles.every_choice():
+    for tile in tiles.every_choice().values():
         assert tiles.CODE_MULTIPLE % tile.codes == 0
 
 

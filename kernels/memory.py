@@ -1,0 +1,244 @@
+"""How the Triton kernels read and write their matrices."""
+
+import triton
+import triton.language as tl
+
+from softvq.kernels.primitives import round_to, scale_of, split
+
+
+@triton.jit
+def tile_start(
+    first: tl.tensor, rows: tl.tensor, ROWS: tl.constexpr, WHOLE_TILES: tl.constexpr
+) -> tl.tensor:
+    """Where the tile of rows begins that is due at row `first`, in 64 bits.
+
+    With WHOLE_TILES, where there are at least ROWS rows, the last one begins early enough to be
+    whole, so that nothing needs a mask; it then repeats rows of the tile before.
+    """
+    first = first.to(tl.int64)
+    if WHOLE_TILES:
+        first = tl.minimum(first, rows - ROWS)
+    return first
+
+
+@triton.jit
+def load_rows(
+    pointer: tl.tensor,
+    stride: tl.tensor,
+    rows_left: tl.tensor,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAD: tl.constexpr,
+    LAST: tl.constexpr = False,
+) -> tl.tensor:
+    """Rows 0 … ROWS−1 of a matrix with unit column stride; zero past `rows_left` and past DIM.
+
+    LAST marks the last use of rows that were loaded before: they may leave the cache. It also keeps
+    the compiler from holding them, or their addresses, in registers meanwhile.
+    """
+    policy: tl.constexpr = "evict_first" if LAST else ""
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, PAD)
+    mask = (rows < rows_left)[:, None]
+    if PAD > DIM:
+        mask = mask & (columns < DIM)[None, :]
+    # [ROWS, PAD]; 64 bits, for a view may have any stride
+    offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    return tl.load(pointer + offsets, mask=mask, other=0.0, eviction_policy=policy)
+
+
+@triton.jit
+def store_rows(
+    pointer: tl.tensor,
+    stride: tl.tensor,
+    rows_left: tl.tensor,
+    x: tl.tensor,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAD: tl.constexpr,
+) -> None:
+    """The counterpart of `load_rows`."""
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, PAD)
+    mask = (rows < rows_left)[:, None]
+    if PAD > DIM:
+        mask = mask & (columns < DIM)[None, :]
+    x = round_to(x, pointer.dtype.element_ty)
+    tl.store(pointer + rows[:, None] * stride + columns[None, :], x, mask=mask)
+
+
+@triton.jit
+def row_dots(
+    a_pointer: tl.tensor,
+    a_stride: tl.tensor,
+    b_pointer: tl.tensor,
+    b_stride: tl.tensor,
+    mean_pointer: tl.tensor | None,
+    rows_left: tl.tensor,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAD: tl.constexpr,
+) -> tl.tensor:
+    """Σ_d a·(b − mean) of each row, [ROWS], in float32; a few columns at a time spare registers."""
+    CHUNK: tl.constexpr = min(PAD, 64)
+    dots = tl.zeros([ROWS], tl.float32)
+    rows = tl.arange(0, ROWS)[:, None]
+    for first in range(0, PAD, CHUNK):
+        # [ROWS, CHUNK]
+        columns = (first + tl.arange(0, CHUNK))[None, :]
+        mask = (rows < rows_left) & (columns < DIM)
+        a = tl.load(a_pointer + rows.to(tl.int64) * a_stride + columns, mask=mask, other=0.0)
+        b = tl.load(b_pointer + rows.to(tl.int64) * b_stride + columns, mask=mask, other=0.0)
+        b = b.to(tl.float32)
+        if mean_pointer is not None:
+            b -= tl.load(mean_pointer + columns)
+        dots += tl.sum(a.to(tl.float32) * b, 1)
+    return dots
+
+
+@triton.jit
+def load_codes(
+    high_pointer: tl.tensor,
+    low_pointer: tl.tensor | None,
+    first: tl.tensor,
+    codes: tl.tensor,
+    PAD: tl.constexpr,
+    LAST: tl.constexpr = False,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Codes first + codes [CODES] of a prepared codebook, high and low part, each [CODES, PAD].
+
+    It is padded, hence no mask; `low` repeats `high` where there is none. LAST as in `load_rows`.
+    """
+    policy: tl.constexpr = "evict_first" if LAST else ""
+    offsets = codes[:, None] * PAD + tl.arange(0, PAD)[None, :]
+    high = tl.load(high_pointer + first * PAD + offsets, eviction_policy=policy)
+    if low_pointer is not None:
+        return high, tl.load(low_pointer + first * PAD + offsets, eviction_policy=policy)
+    return high, high
+
+
+@triton.jit
+def load_mean(pointer: tl.tensor, PAD: tl.constexpr, LAST: tl.constexpr = False) -> tl.tensor:
+    """The codebook's mean, [1, PAD]. LAST as in `load_rows`: nobody holds it meanwhile."""
+    policy: tl.constexpr = "evict_first" if LAST else ""
+    return tl.load(pointer + tl.arange(0, PAD), eviction_policy=policy)[None, :]
+
+
+@triton.jit
+def as_operand(
+    x: tl.tensor, mean_pointer: tl.tensor | None, SPLIT: tl.constexpr, DTYPE: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Rows ready to be multiplied: x − mean = scale · (high + low).
+
+    x [ROWS, PAD]; high and low are of DTYPE, and `low` repeats `high` unless SPLIT. scale [ROWS] is
+    a power of two for float16, and 1 for bfloat16, which needs none.
+    """
+    scale = tl.full([x.shape[0]], 1.0, tl.float32)
+    if mean_pointer is not None:
+        x = x.to(tl.float32) - load_mean(mean_pointer, x.shape[1])
+    if DTYPE == tl.float16:
+        x = x.to(tl.float32)
+        scale = scale_of(tl.max(tl.abs(x), 1))
+        x /= scale[:, None]
+    if x.dtype == DTYPE:
+        return x, x, scale
+    if SPLIT:
+        high, low = split(x, DTYPE)
+        return high, low, scale
+    high = round_to(x.to(tl.float32), DTYPE)
+    return high, high, scale
+
+
+@triton.jit
+def squared_distances(
+    z_pointer: tl.tensor,
+    row_stride: tl.tensor,
+    rows_left: tl.tensor,
+    index: tl.tensor,
+    high_pointer: tl.tensor,
+    low_pointer: tl.tensor | None,
+    mean_pointer: tl.tensor | None,
+    unit: tl.tensor,
+    DIM: tl.constexpr,
+    PAD: tl.constexpr,
+) -> tl.tensor:
+    """‖z_n − c_index‖² of each row, for one prepared code a row: index and result [ROWS].
+
+    From the differences: ‖z‖² − 2z·c + ‖c‖² would cancel. Few columns at a time spare registers.
+    """
+    CHUNK: tl.constexpr = min(PAD, 64)
+    rows = tl.arange(0, index.shape[0])[:, None]
+    distances = tl.zeros([index.shape[0]], tl.float32)
+    for first in range(0, PAD, CHUNK):
+        # [ROWS, CHUNK]
+        columns = (first + tl.arange(0, CHUNK))[None, :]
+        mask = (rows < rows_left) & (columns < DIM)
+        z = tl.load(z_pointer + rows.to(tl.int64) * row_stride + columns, mask=mask, other=0.0)
+        code = tl.load(high_pointer + index[:, None] * PAD + columns).to(tl.float32)
+        if low_pointer is not None:
+            code += tl.load(low_pointer + index[:, None] * PAD + columns).to(tl.float32)
+        difference = z.to(tl.float32) - code * unit
+        if mean_pointer is not None:
+            difference -= tl.load(mean_pointer + columns)
+        distances += tl.sum(difference * difference, 1)
+    return distances
+
+
+@triton.jit
+def store_with_terms(
+    pointer: tl.tensor,
+    stride: tl.tensor,
+    rows_left: tl.tensor,
+    x: tl.tensor,
+    a_factor: tl.tensor,
+    a_pointer: tl.tensor,
+    a_stride: tl.tensor,
+    b_factor: tl.tensor,
+    b_pointer: tl.tensor | None,
+    b_stride: tl.tensor,
+    mean_pointer: tl.tensor | None,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAD: tl.constexpr,
+    WITH_A: tl.constexpr,
+    WITH_B: tl.constexpr,
+) -> None:
+    """`store_rows` of x + a_factor·(a − mean) + b_factor·(b − mean), each term only if it is WITH:
+    matrices like x, a and b in memory; the factors [ROWS].
+
+    Half the columns after the other, and one matrix: there are no registers for all at a time.
+    """
+    if PAD > 64:
+        HALF: tl.constexpr = PAD // 2
+        left, right = x.reshape(ROWS, 2, HALF).permute(0, 2, 1).split()
+        store_with_terms(
+            *(pointer, stride, rows_left, left, a_factor, a_pointer, a_stride),
+            *(b_factor, b_pointer, b_stride, mean_pointer, ROWS, DIM, HALF, WITH_A, WITH_B),
+        )
+        tl.debug_barrier()
+        if WITH_A:
+            a_pointer += HALF
+        if WITH_B:
+            b_pointer += HALF
+        if mean_pointer is not None:
+            mean_pointer += HALF
+        store_with_terms(
+            *(pointer + HALF, stride, rows_left, right, a_factor, a_pointer, a_stride),
+            *(b_factor, b_pointer, b_stride, mean_pointer, ROWS, DIM - HALF, HALF, WITH_A, WITH_B),
+        )
+    else:
+        if WITH_A:
+            # [ROWS, PAD]
+            a = load_rows(a_pointer, a_stride, rows_left, ROWS, DIM, PAD, LAST=True)
+            a = a.to(tl.float32)
+            if mean_pointer is not None:
+                a -= load_mean(mean_pointer, PAD, LAST=True)
+            x += a_factor[:, None] * a
+        if WITH_B:
+            tl.debug_barrier()
+            b = load_rows(b_pointer, b_stride, rows_left, ROWS, DIM, PAD, LAST=True)
+            b = b.to(tl.float32)
+            if mean_pointer is not None:
+                b -= load_mean(mean_pointer, PAD, LAST=True)
+            x += b_factor[:, None] * b
+        store_rows(pointer, stride, rows_left, x, ROWS, DIM, PAD)

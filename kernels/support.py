@@ -1,0 +1,50 @@
+"""What the Triton kernels can take, and on which cards; asked before any of them is imported."""
+
+import importlib.util
+import os
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from softvq.kernels import tiles
+from softvq.kernels.arithmetic import arithmetic
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_LEAST_CAPABILITY = 8  # from there on matrix units take bfloat16
+
+
+def obstacle(z: Tensor) -> str | None:
+    """What this machine lacks for kernels on z, as the end of a sentence."""
+    if not _HAS_TRITON:
+        return "needs the package triton"
+    if z.is_cuda:
+        device = torch.cuda.get_device_properties(z.device)
+        if device.major < _LEAST_CAPABILITY:
+            return (
+                f"needs a GPU of compute capability {_LEAST_CAPABILITY}.0, "
+                f"{device.name} has {device.major}.{device.minor}"
+            )
+    elif os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            f"needs CUDA tensors, got {z.device}; "
+            "with TRITON_INTERPRET=1 in the environment it interprets them, slowly"
+        )
+    return None
+
+
+def soft_obstacle(z: Tensor, codebook: Tensor) -> str | None:
+    """`obstacle` for the kernels that multiply."""
+    if torch.float64 in (z.dtype, codebook.dtype):
+        return "has no float64; use 'streaming' or 'reference'"
+    return obstacle(z)
+
+
+def too_wide(
+    kernel: Literal["forward", "nearest"], z: Tensor, codebook: Tensor, precision: str | None
+) -> bool:
+    """Whether codes have so many elements that the kernels run out of registers."""
+    operands = "split"  # the most that the nearest code needs
+    if kernel == "forward":
+        operands = arithmetic(z.dtype, codebook.dtype, precision or "highest").operands
+    return z.shape[-1] > tiles.widest(kernel, operands, tiles.architecture(z.device))
