@@ -49,11 +49,11 @@ class Entry(NamedTuple):
 
 QUANTISED = {"decoder_input": "quantized", "kl_weight": 0.0}
 ENTRIES = {
+    "softvq SoftVQ": Entry({"model": "soft-vqvae", "entropy_weight": 10.0, **QUANTISED}),
     "softvq VQ, random start": Entry({"model": "vqvae", "codebook_start": "random"}),
     "softvq VQ": Entry({"model": "vqvae"}),
     "softvq EMAVQ": Entry({"model": "vqvae-ema"}),
     "softvq GumbelVQ": Entry({"model": "vqvae-gumbel"}),
-    "softvq SoftVQ": Entry({"model": "soft-vqvae", **QUANTISED}),
     # Its README's three settings: the first example, and its two cures for unused codes.
     f"{PEER}, first example": Entry(
         {"model": "vqvae"}, lambda k: PeerVQ(k, decay=0.8, commitment_weight=1.0)

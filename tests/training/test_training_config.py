@@ -192,9 +192,10 @@ def test_resolved_follows_the_data():
 
 def test_resolved_keeps_what_was_given():
     given = TrainConfig(latent_grid="5", steps=30, evaluate_every=4, checkpoint_every=9)
-    assert given.resolved(100, (1, 28, 28)) == given
+    assert given.resolved(1000, (1, 28, 28)) == given
     few = TrainConfig(steps=3).resolved(100, (1, 28, 28))
     assert (few.evaluate_every, few.checkpoint_every) == (1, 1)
+    assert few.batch_size == 100  # no more than there are
 
 
 def test_sizes():
