@@ -47,10 +47,17 @@ class Entry(NamedTuple):
     peer: Callable[[int], nn.Module] | None = None
 
 
-QUANTISED = {"decoder_input": "quantized", "kl_weight": 0.0}
 ENTRIES = {
-    "softvq SoftVQ": Entry({"model": "soft-vqvae", "entropy_weight": 10.0, **QUANTISED}),
-    "softvq VQ, random start": Entry({"model": "vqvae", "codebook_start": "random"}),
+    "softvq SoftVQ": Entry(
+        {
+            "model": "soft-vqvae",
+            "decoder_input": "quantized",
+            "kl_weight": 0.0,
+            "entropy_weight": 20.0,
+            "temperature_ratio": "0.005",
+            "reconstruction_quantizing_weight": 0.0,
+        }
+    ),
     "softvq VQ": Entry({"model": "vqvae"}),
     "softvq EMAVQ": Entry({"model": "vqvae-ema"}),
     "softvq GumbelVQ": Entry({"model": "vqvae-gumbel"}),
@@ -73,7 +80,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--codes", type=int, nargs="+", default=[64, 128, 256, 512], help="K")
     parser.add_argument("--peer-codes", type=int, nargs="+", default=[256], help="K of the peers")
     parser.add_argument("--seed", type=int, default=0)
