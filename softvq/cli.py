@@ -18,6 +18,8 @@ from softvq.training.run_folder import RunError, RunFolder
 from softvq.training.settings import ConfigError, describe_default, value_types
 from softvq.training.trainer import TrainingError, train
 
+CHANGEABLE = ("device", "on_nan")  # settings that a resumed run may have otherwise
+
 
 class Parser(argparse.ArgumentParser):
     """Errors are one line and exit status 2; a misspelt option names the nearest one."""
@@ -73,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     again = training.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with the run in --out")
     again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    training.add_argument("--quiet", action="store_true", help="print nothing while training")
+    training.add_argument("--quiet", action="store_true", help="print only warnings while training")
     add_settings(training)
 
     evaluation = add("eval", "measure a run's model over a whole split", eval_command)
@@ -145,12 +147,13 @@ def train_command(options: argparse.Namespace) -> int:
         config = RunFolder(out).read_config()
         for name, value in given.items():
             value = value.absolute() if isinstance(value, Path) else value
-            if name != "device" and value != getattr(config, name):
+            if name not in CHANGEABLE and value != getattr(config, name):
                 raise ConfigError(
                     f"{name}: {value} differs from the run's {getattr(config, name)}; a resumed "
-                    "run keeps its settings (only device may change)"
+                    "run keeps its settings (only {' and '.join(CHANGEABLE)} may change)"
                 )
-        config = dataclasses.replace(config, device=given.get("device", config.device))
+        changes = {name: given[name] for name in CHANGEABLE if name in given}
+        config = dataclasses.replace(config, **changes)
     else:
         config = TrainConfig(**given)
         out = (

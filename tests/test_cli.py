@@ -266,15 +266,15 @@ def test_resume_may_repeat_the_settings(tmp_path):
     pictures(tmp_path / "images", [(8, 8)] * 20)
     same = ("--data", "folder", "--data-dir", "images", "--out", "run", *FAST)
     assert main(["train", *same]) == 0
-    assert main(["train", "--resume", "--device", "cpu", *same]) == 0
+    assert main(["train", "--resume", "--device", "cpu", "--on-nan", "skip", *same]) == 0
 
 
 def test_resume_without_a_usable_checkpoint(run, capsys):
-    states = sorted((run / "checkpoints").rglob("state.pt"))
+    states = sorted((run / "checkpoints").rglob("tensors.safetensors"))
     for state in states:
         state.write_bytes(b"garbage" * 10)
     line = refused(capsys, "train", "--resume", "--out", run, "--quiet")
-    assert line.startswith(f"{run}/checkpoints/step-12/state.pt: damaged checkpoint")
+    assert line.startswith(f"{run}/checkpoints/step-12: damaged checkpoint (tensors.safetensors ")
     shutil.rmtree(run / "checkpoints")
     line = refused(capsys, "train", "--resume", "--out", run, "--quiet")
     assert line.startswith(f"{run}: no checkpoint to resume from")

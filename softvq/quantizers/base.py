@@ -220,11 +220,11 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, z: Tensor) -> None:
-        """Let k-means on latents (..., D) place the codes, if there are any."""
+        """Let k-means on latents (..., D) place the codes, if there are any and all are finite."""
         options = {"spherical": self.use_cosine_sim, "sync": self.sync_codebook}
         for codes, latents in zip(self._stored_codes, self._by_codebook(z), strict=True):
             centres = kmeans(latents, self.codebook_size, self.kmeans_iters, **options)
-            if centres is None:
+            if centres is None or not centres.isfinite().all():
                 return
             codes.copy_(centres)
         self.initialised.fill_(True)

@@ -182,6 +182,9 @@ class TrainConfig:
         "learning rate of the codes over lr",
     )
     weight_decay: float = setting(0.0, "optimisation", "of the networks; codes have none")
+    clip_gradient: float | None = setting(
+        each(IMAGES, 0.0, pixelcnn=1.0), "optimisation", "longest gradient of a step; 0: any"
+    )
     seed: int = setting(0, "optimisation", "of everything random, the validation split included")
 
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "run", "where to compute")
@@ -189,7 +192,13 @@ class TrainConfig:
         None, "run", "steps between validations; default: 20 in all"
     )
     checkpoint_every: int | None = setting(
-        None, "run", "steps between checkpoints; default: as evaluate_every"
+        None,
+        "run",
+        "steps between checkpoints; the best step always has one; default: as evaluate_every",
+    )
+
+    on_nan: Literal["stop", "skip"] = setting(
+        "stop", "run", "what to do at a loss or gradient that is not finite: end, or leave out step"
     )
 
     def __post_init__(self) -> None:
@@ -207,7 +216,7 @@ class TrainConfig:
         check(self, positive, lambda v: 0 < v < math.inf, "a number above 0")
         from_zero = (
             "quantizing_weight kl_weight reconstruction_quantizing_weight commitment_weight "
-            "entropy_weight weight_decay dead_code_threshold"
+            "entropy_weight weight_decay dead_code_threshold clip_gradient"
         )
         check(self, from_zero, lambda v: 0 <= v < math.inf, "a number from 0 up")
         check(self, "validation_fraction", lambda v: 0 < v < 1, "between 0 and 1")

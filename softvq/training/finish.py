@@ -29,6 +29,7 @@ def finish(
         "seed": config.seed,
         "steps": progress.step,
         "best_step": progress.best_step,
+        "warnings": progress.warnings,
         "parameters": sum(p.numel() for p in model.parameters()),
         "versions": {
             "softvq": softvq.__version__,

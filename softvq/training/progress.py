@@ -1,5 +1,6 @@
 """What a person sees while a run trains: a live bar on a terminal, plain lines elsewhere."""
 
+import sys
 import time
 from pathlib import Path
 
@@ -20,6 +21,11 @@ from softvq.training.checkpoint import Progress
 from softvq.training.config import TrainConfig
 
 REFRESH_SECONDS = 0.5  # between two readings of the losses: each one waits for the device
+
+
+def warn(text: str) -> None:
+    """Print a line that also those want to see who asked for quiet."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 class Display:
@@ -69,9 +75,10 @@ class Display:
         self.bar.update(self.task, completed=step)
         self._print(f"step {step:>6}/{self.config.steps}  validation: {summary(values)}")
 
-    def stopped(self, step: int, run: Path) -> None:
+    def stopped(self, step: int, run: Path, *, saved: bool) -> None:
         """Say how to go on after a signal."""
-        self._print(f"stopped at step {step}, saved; go on: softvq train --out {run} --resume")
+        where = "saved" if saved else "not saved, the disk is full; an older checkpoint is there"
+        self._print(f"stopped at step {step}, {where}; go on: softvq train --out {run} --resume")
 
     def finished(self, values: dict[str, float], report: Path) -> None:
         """Print the metrics of the test split."""

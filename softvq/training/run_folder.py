@@ -1,7 +1,9 @@
 """The run folder: where a training run leaves what it did, and how it is read again."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from softvq.training.build import build_model
 from softvq.training.config import TrainConfig, read_config
-from softvq.training.files import replacing, write_text
+from softvq.training.files import sweep, write_text
 
 
 class RunError(Exception):
@@ -45,16 +47,11 @@ class RunFolder:
                 f"{self.path}: already holds a run; continue it with --resume, replace it with "
                 "--overwrite, or choose another folder with --out"
             )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise RunError(
-                f"{self.path}: cannot write a run there ({error.strerror}); choose another folder "
-                "with --out"
-            ) from error
+
+    def sweep(self) -> None:
+        """Remove what a killed process left half-done."""
+        for folder in (self.path, self.checkpoints):
+            sweep(folder)
 
     def create(self, config: TrainConfig) -> None:
         """Begin a new run: remove an old one's files and write the configuration."""
@@ -73,9 +70,17 @@ class RunFolder:
         return TrainConfig(**read_config(self.config))
 
     def append_metrics(self, step: int, split: str, values: dict[str, float]) -> None:
-        """Add one line to metrics.jsonl."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        """Add one line to metrics.jsonl; on the disk, or OSError and nothing has changed."""
+        line = json.dumps({"step": step, "split": split, **values}).encode() + b"\n"
+        with self.metrics.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.metrics))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(before)
+                raise
 
     def drop_metrics_after(self, step: int) -> None:
         """Forget the lines a resumed run will write again, and a line torn by a kill."""
@@ -86,14 +91,8 @@ class RunFolder:
         ]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def save_model(self, model: nn.Module, shape: dict[str, Any]) -> None:
-        """Write model.safetensors: the weights, with the shape of the data they are for."""
-        tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        with replacing(self.model) as temporary:
-            temporary.write_bytes(save(tensors, {"shape": json.dumps(shape)}))
-
     def read_shape(self) -> dict[str, Any]:
-        """What `save_model` was told of the data. Raises RunError."""
+        """What `model_bytes` was told of the data. Raises RunError."""
         return self._read_model()[0]
 
     def fingerprint(self) -> str:
@@ -122,6 +121,12 @@ class RunFolder:
         except RuntimeError as error:
             raise RunError(f"{self.model}: does not fit the run's config.toml") from error
         return model.to(device).eval()
+
+
+def model_bytes(state: dict[str, Tensor], shape: dict[str, Any]) -> bytes:
+    """model.safetensors: the weights, with the shape of the data they are for."""
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    return save(tensors, {"shape": json.dumps(shape)})
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

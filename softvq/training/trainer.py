@@ -11,23 +11,24 @@ import torch
 from torch import nn
 
 from softvq import metrics
+from softvq.training.advice import memory_advice, warn_of_collapse
 from softvq.training.build import build_data
-from softvq.training.checkpoint import Progress, Stateful, load_checkpoint, save_checkpoint
+from softvq.training.checkpoint import Progress, Stateful, sha256
 from softvq.training.codes import check_prior, load_tokenizer
 from softvq.training.config import PRIOR, TrainConfig, torch_device
 from softvq.training.finish import finish
+from softvq.training.guards import Guard, TrainingError
 from softvq.training.images import ImageTask
+from softvq.training.lock import locked
+from softvq.training.outbox import Outbox
 from softvq.training.prior import PriorTask
 from softvq.training.progress import Display
-from softvq.training.run_folder import RunFolder
+from softvq.training.resume import resume_run
+from softvq.training.run_folder import RunFolder, model_bytes
 from softvq.training.task import Task
 
 WARMUP = 100  # steps until the learning rate is at its peak
 CODEBOOK_LR_FLOOR = 0.01  # of its peak: the codes follow T to the end
-
-
-class TrainingError(Exception):
-    """Training that cannot go on; its one line says at which step and why."""
 
 
 def train(
@@ -45,17 +46,19 @@ def train(
     """
     run = RunFolder(out)
     device = torch_device(config.device)
-    if not resume:
-        run.check(overwrite)
-    elif config.model in PRIOR and run.model.exists():
-        check_prior(run, RunFolder(config.tokenizer))
-    config, task = load_task(config, device)
-    if not resume:
-        run.create(config)
-    trainer = Trainer(config, run, task, device, quiet=quiet)
-    if resume:
-        trainer.resume()
-    return trainer.run_to_the_end()
+    with locked(out), memory_advice(config):
+        if not resume:
+            run.check(overwrite)
+        elif config.model in PRIOR and run.model.exists():
+            check_prior(run, RunFolder(config.tokenizer))
+        run.sweep()
+        config, task = load_task(config, device)
+        if not resume:
+            run.create(config)
+        trainer = Trainer(config, run, task, device, quiet=quiet)
+        if resume:
+            trainer.resume()
+        return trainer.run_to_the_end()
 
 
 def load_task(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, Task]:
@@ -90,6 +93,8 @@ class Trainer:
         self.progress = Progress()
         self.losses = metrics.Mean()
         self.display = Display(config, quiet=quiet)
+        self.guard = Guard(config, self.model, task.steering, self.optimizer)
+        self.outbox = Outbox(run)
 
     @property
     def parts(self) -> dict[str, Stateful]:
@@ -103,12 +108,12 @@ class Trainer:
 
     def resume(self) -> None:
         """Go back to the newest checkpoint. Raises RunError."""
-        self.progress = load_checkpoint(self.run.checkpoints, self.parts)
-        self.run.drop_metrics_after(self.progress.step)
+        self.progress = resume_run(self.run, self.parts, self.task.shape)
 
     def run_to_the_end(self) -> bool:
         """Train, validate, save; then the test split, pictures and report. False if stopped."""
         if self.progress.step == 0:
+            self._save()
             self.task.start(next(self._batches()).to(self.device))
         with self.display, stop_signals() as stopped:
             for batch in self._batches():
@@ -117,16 +122,18 @@ class Trainer:
                 try:
                     self._step(batch.to(self.device))
                 except (ValueError, torch.linalg.LinAlgError):
-                    self._check_weights()  # numbers that are not finite make both
+                    self.guard.raise_if_bad()  # numbers that are not finite make both
                     raise
                 if self._due(self.config.evaluate_every):
                     self._log()
                     self._validate()
-                if self._due(self.config.checkpoint_every) or stopped:
-                    self._save()
+                best = self.progress.best_step == self.progress.step
+                due = best or self._due(self.config.checkpoint_every)
+                saved = (due or stopped) and self._save()
                 if stopped and self.progress.step < self.config.steps:
-                    self.display.stopped(self.progress.step, self.run.path)
+                    self.display.stopped(self.progress.step, self.run.path, saved=saved)
                     return False
+        self.outbox.close()
         test = finish(self.config, self.run, self.task, self.progress, self.device)
         self.display.finished(test, self.run.report)
         return True
@@ -144,13 +151,16 @@ class Trainer:
         started = time.perf_counter()
         self.model.train()
         set_learning_rates(self.optimizer, self.config, self.progress.step)
+        self.guard.remember()
         seen = self.task.step(batch)
         self.optimizer.zero_grad(set_to_none=True)
         seen.losses["loss"].backward()
+        seen = self.guard.check(seen, self.progress.step + 1)
         self.optimizer.step()
         self.progress.step += 1
         step = self.progress.step
         self.task.steering.update(seen, step, step / self.config.steps)
+        self.guard.restore()
         self.losses.add(seen.losses, len(batch))
         self.progress.images += len(batch)
         self.progress.seconds += time.perf_counter() - started
@@ -158,38 +168,37 @@ class Trainer:
 
     def _log(self) -> None:
         """One line of training losses, averaged since the last one. Raises TrainingError."""
-        values = self.losses.read()
-        if not math.isfinite(values["loss"]):
-            raise self._diverged(f"the loss became {values['loss']}")
+        values = self.guard.read(self.losses)
         values |= self.task.steering.gauges()
         values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         values["images_per_second"] = self.progress.images_per_second
-        self.run.append_metrics(self.progress.step, "train", values)
+        self.outbox.metrics(self.progress.step, "train", values)
 
     def _validate(self) -> None:
         """Metrics of the validation split; the best weights so far become the run's model."""
         values = self.task.evaluate("validation")
-        self.run.append_metrics(self.progress.step, "validation", values)
+        self.outbox.metrics(self.progress.step, "validation", values)
         if values[self.task.judged_by] < self.progress.best_error:
             self.progress.best_error = values[self.task.judged_by]
             self.progress.best_step = self.progress.step
-            self.run.save_model(self.model, self.task.shape)
+            weights = model_bytes(self.model.state_dict(), self.task.shape)
+            self.progress.best_sha256 = sha256(weights)
+            self.outbox.model(weights)
+        warn_of_collapse(self.config, self.progress, self.model.levels, values)
         self.display.validated(self.progress.step, values)
 
-    def _save(self) -> None:
-        """Write a checkpoint, unless the model is broken. Raises TrainingError."""
+    def _save(self) -> bool:
+        """Write a checkpoint; False if the disk is full. Raises TrainingError."""
+        self.guard.raise_if_bad()
         self._check_weights()
-        save_checkpoint(self.run.checkpoints, self.progress, self.parts)
+        return self.outbox.checkpoint(self.progress, self.parts)
 
     def _check_weights(self) -> None:
         if not all(tensor.isfinite().all() for tensor in self.model.state_dict().values()):
-            raise self._diverged("the weights became infinite or not a number")
-
-    def _diverged(self, what: str) -> TrainingError:
-        return TrainingError(
-            f"{what} before step {self.progress.step}; the last checkpoint is good: lower --lr, or "
-            "look for broken images"
-        )
+            raise TrainingError(
+                f"the weights became infinite or not a number before step {self.progress.step}; "
+                "the last checkpoint is good: lower --lr, or look for broken images"
+            )
 
 
 def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -21,6 +21,7 @@ FROM_ZERO = (
     "weight_decay",
     "entropy_weight",
     "dead_code_threshold",
+    "clip_gradient",
 )
 BAD = [
     *((name, value) for name in WHOLE for value in (0, -3, 2.5, "many", True)),

@@ -1,0 +1,72 @@
+"""One line of advice for what goes wrong in many runs: a collapsed codebook, too little memory."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from softvq.models import CodeLevel, level_suffix
+from softvq.training.checkpoint import Progress
+from softvq.training.config import TrainConfig
+from softvq.training.guards import TrainingError
+from softvq.training.progress import warn
+
+COLLAPSED = 0.05  # of the codes: a perplexity under it is a collapse
+ONE_CODE = 1.01  # and so is this one, however few codes there are
+PATIENCE = 1 / 3  # of the run: until then the codes may still lie together
+
+# model -> what to try against a collapse
+REMEDIES = {
+    "soft-vqvae": "--temperature auto, a larger --dead-code-threshold or --entropy-weight 0.1",
+    "vqvae": "--codebook-start kmeans, --entropy-weight 0.1 or --model vqvae-ema",
+    "vqvae-ema": "--codebook-start kmeans, a larger --dead-code-threshold or a smaller --decay",
+    "vqvae-gumbel": "--entropy-weight 0.1 or a larger --temperature-ratio",
+    "vqvae2": "--codebook-start kmeans, a larger --dead-code-threshold or a smaller --decay",
+}
+
+
+def warn_of_collapse(
+    config: TrainConfig,
+    progress: Progress,
+    levels: Mapping[str, CodeLevel],
+    values: Mapping[str, float],
+) -> None:
+    """Print advice, once in a run, when a codebook's perplexity, in `values`, is too low."""
+    if progress.warnings or progress.step < PATIENCE * config.steps:
+        return
+    for name, level in levels.items():
+        perplexity = values.get(f"perplexity{level_suffix(name)}")
+        floor = max(COLLAPSED * level.codebook_size, ONE_CODE)
+        if perplexity is not None and perplexity < floor and level.codebook_size > 1:
+            progress.warnings.append(
+                f"step {progress.step}: the codebook{level_suffix(name).replace('_', ' ')} has "
+                f"collapsed: perplexity {perplexity:.1f} of {level.codebook_size} codes; try "
+                f"{REMEDIES[config.model]}"
+            )
+            warn(progress.warnings[-1])
+            return
+
+
+@contextmanager
+def memory_advice(config: TrainConfig) -> Iterator[None]:
+    """Turn running out of memory into a TrainingError that says what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        size = "hidden" if config.architecture == "dense" else "width"
+        settings = {name: getattr(config, name) for name in ("batch_size", "codebook_size", size)}
+        advice = [
+            f"--{name.replace('_', '-')} (now {value})"
+            for name, value in settings.items()
+            if value is not None
+        ]
+        raise TrainingError(f"out of memory; lower {' or '.join(advice)}") from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """A GPU's, Python's, or the CPU allocator's, which has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
