@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from softvq import metrics
+from softvq.training import ranks
 from softvq.training.build import build_data
 from softvq.training.checkpoint import Progress, Stateful, load_checkpoint, save_checkpoint
 from softvq.training.codes import load_tokenizer
-from softvq.training.config import PRIOR, TrainConfig, torch_device
+from softvq.training.config import PRIOR, TrainConfig
 from softvq.training.finish import finish
 from softvq.training.images import ImageTask
 from softvq.training.prior import PriorTask
@@ -40,32 +41,42 @@ def train(
 ) -> bool:
     """Train into the run folder `out`; True when finished, False when stopped by a signal.
 
-    With `resume`, `config` must be the run's own. Raises DataError, ConfigError, RunError and
-    TrainingError, each before anything is lost.
+    With `resume`, `config` must be the run's own. Under torchrun all ranks train together, and
+    the first one writes. Raises DataError, ConfigError, RunError and TrainingError, each before
+    anything is lost.
     """
     run = RunFolder(out)
-    device = torch_device(config.device)
-    if not resume:
-        run.check(overwrite)
-    config, task = load_task(config, device)
-    if not resume:
-        run.create(config)
-    trainer = Trainer(config, run, task, device, quiet=quiet)
-    if resume:
-        trainer.resume()
-    return trainer.run_to_the_end()
+    with ranks.joined(config.device) as device:
+        writes = ranks.rank() == 0
+        if not resume and writes:
+            run.check(overwrite)
+        config, task = load_task(config, device)
+        if not resume and writes:
+            run.create(config)
+        trainer = Trainer(config, run, task, device, quiet=quiet)
+        if resume:
+            trainer.resume()
+        finished = trainer.run_to_the_end()
+    if finished and writes:
+        trainer.finish()
+    return finished
 
 
 def load_task(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, Task]:
     """The resolved settings, and the untrained model they describe with its data."""
     if config.model in PRIOR:
         run = RunFolder(config.tokenizer)
-        tokenizer, images = load_tokenizer(run, device), build_data(run.read_config())
+        tokenizer = load_tokenizer(run, device)
+        with ranks.first_rank_first():  # it downloads, the others read
+            images = build_data(run.read_config())
         config = config.resolved(len(images.train))
+        ranks.check_batch_size(min(config.batch_size, len(images.train)))
         torch.manual_seed(config.seed)
         return config, PriorTask(config, tokenizer, images, device)
-    images = build_data(config)
+    with ranks.first_rank_first():
+        images = build_data(config)
     config = config.resolved(len(images.train), images.image_shape)
+    ranks.check_batch_size(min(config.batch_size, len(images.train)))
     torch.manual_seed(config.seed)
     return config, ImageTask(config, images, device)
 
@@ -84,10 +95,12 @@ class Trainer:
     ):
         self.config, self.run, self.task, self.device = config, run, task, device
         self.model = task.model
+        ranks.start_alike(self.model)
         self.optimizer = build_optimizer(config, self.model)
         self.progress = Progress()
         self.losses = metrics.Mean()
-        self.display = Display(config, quiet=quiet)
+        self.writes, self.ranks = ranks.rank() == 0, ranks.count()
+        self.display = Display(config, quiet=quiet or not self.writes)
 
     @property
     def parts(self) -> dict[str, Stateful]:
@@ -102,13 +115,14 @@ class Trainer:
     def resume(self) -> None:
         """Go back to the newest checkpoint. Raises RunError."""
         self.progress = load_checkpoint(self.run.checkpoints, self.parts)
-        self.run.drop_metrics_after(self.progress.step)
+        if self.writes:
+            self.run.drop_metrics_after(self.progress.step)
 
     def run_to_the_end(self) -> bool:
-        """Train, validate, save; then the test split, pictures and report. False if stopped."""
+        """Train, validate, save. False if stopped by a signal to any rank."""
         if self.progress.step == 0:
             self.task.start(next(self._batches()).to(self.device))
-        with self.display, stop_signals() as stopped:
+        with self.display, stop_signals() as received:
             for batch in self._batches():
                 if self.progress.step >= self.config.steps:
                     break
@@ -117,6 +131,7 @@ class Trainer:
                 except (ValueError, torch.linalg.LinAlgError):
                     self._check_weights()  # numbers that are not finite make both
                     raise
+                stopped = ranks.any_rank(bool(received))
                 if self._due(self.config.evaluate_every):
                     self._log()
                     self._validate()
@@ -125,15 +140,19 @@ class Trainer:
                 if stopped and self.progress.step < self.config.steps:
                     self.display.stopped(self.progress.step, self.run.path)
                     return False
-        test = finish(self.config, self.run, self.task, self.progress, self.device)
-        self.display.finished(test, self.run.report)
         return True
 
+    def finish(self) -> None:
+        """The test split, pictures and report of the best weights."""
+        test = finish(self.config, self.run, self.task, self.progress, self.device, self.ranks)
+        self.display.finished(test, self.run.report)
+
     def _batches(self) -> Iterator[torch.Tensor]:
-        """The batches that are still to come."""
-        return batches(
+        """This rank's parts of the batches that are still to come."""
+        whole = batches(
             self.task.examples, self.config.batch_size, self.config.seed, self.progress.step
         )
+        return map(ranks.part_of, whole)
 
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.config.steps
@@ -142,15 +161,18 @@ class Trainer:
         started = time.perf_counter()
         self.model.train()
         set_learning_rates(self.optimizer, self.config, self.progress.step)
-        seen = self.task.step(batch)
+        ranks.seed_step(self.config.seed, self.progress.step, self.device)
+        seen = ranks.averaged(self.task.step(batch))
         self.optimizer.zero_grad(set_to_none=True)
         seen.losses["loss"].backward()
+        ranks.average_gradients(self.model)
         self.optimizer.step()
         self.progress.step += 1
         step = self.progress.step
         self.task.steering.update(seen, step, step / self.config.steps)
-        self.losses.add(seen.losses, len(batch))
-        self.progress.images += len(batch)
+        images = len(batch) * self.ranks
+        self.losses.add(seen.losses, images)
+        self.progress.images += images
         self.progress.seconds += time.perf_counter() - started
         self.display.step(step, self.progress, seen.losses)
 
@@ -162,22 +184,28 @@ class Trainer:
         values |= self.task.steering.gauges()
         values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         values["images_per_second"] = self.progress.images_per_second
-        self.run.append_metrics(self.progress.step, "train", values)
+        self._append("train", values)
 
     def _validate(self) -> None:
         """Metrics of the validation split; the best weights so far become the run's model."""
         values = self.task.evaluate("validation")
-        self.run.append_metrics(self.progress.step, "validation", values)
+        self._append("validation", values)
         if values[self.task.judged_by] < self.progress.best_error:
             self.progress.best_error = values[self.task.judged_by]
             self.progress.best_step = self.progress.step
-            self.run.save_model(self.model, self.task.shape)
+            if self.writes:
+                self.run.save_model(self.model, self.task.shape)
         self.display.validated(self.progress.step, values)
+
+    def _append(self, split: str, values: dict[str, float]) -> None:
+        if self.writes:
+            self.run.append_metrics(self.progress.step, split, values)
 
     def _save(self) -> None:
         """Write a checkpoint, unless the model is broken. Raises TrainingError."""
         self._check_weights()
-        save_checkpoint(self.run.checkpoints, self.progress, self.parts)
+        if self.writes:
+            save_checkpoint(self.run.checkpoints, self.progress, self.parts)
 
     def _check_weights(self) -> None:
         if not all(tensor.isfinite().all() for tensor in self.model.state_dict().values()):
