@@ -44,7 +44,12 @@ def launch(script, *arguments, groups=1):
     ]
     done = []
     for process in processes:
-        output, errors = process.communicate(timeout=300)
+        try:
+            output, errors = process.communicate(timeout=300)
+        except BaseException:
+            for other in processes:
+                other.kill()
+            raise
         done.append(subprocess.CompletedProcess(process.args, process.returncode, output, errors))
     return done
 
