@@ -20,6 +20,7 @@ setup(
     packages=[
         "softvq",
         "softvq.data",
+        "softvq.distributed",
         "softvq.kernels",
         "softvq.models",
         "softvq.quantizers",

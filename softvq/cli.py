@@ -13,6 +13,7 @@ from softvq.data import DataError
 from softvq.training.codes import SPLITS
 from softvq.training.commands import decode, encode, evaluate_run, reconstruct, sample
 from softvq.training.config import MODELS, TrainConfig, read_config
+from softvq.training.ranks import was_restarted
 from softvq.training.report import write_report
 from softvq.training.run_folder import RunError, RunFolder
 from softvq.training.settings import ConfigError, describe_default, value_types
@@ -140,30 +141,34 @@ def train_command(options: argparse.Namespace) -> int:
     }
     if options.config:
         given = read_config(options.config) | given
-    out = options.out
-    if options.resume:
-        if out is None:
-            raise ConfigError("--resume needs the run folder: --out RUN")
-        config = RunFolder(out).read_config()
-        for name, value in given.items():
-            value = value.absolute() if isinstance(value, Path) else value
-            if name not in CHANGEABLE and value != getattr(config, name):
-                raise ConfigError(
-                    f"{name}: {value} differs from the run's {getattr(config, name)}; a resumed "
-                    "run keeps its settings (only {' and '.join(CHANGEABLE)} may change)"
-                )
-        changes = {name: given[name] for name in CHANGEABLE if name in given}
-        config = dataclasses.replace(config, **changes)
-    else:
+    out, resume = options.out, options.resume
+    if not resume:
         config = TrainConfig(**given)
         out = (
             out
             or Path("runs") / f"{config.data or config.tokenizer.absolute().name}-{config.model}"
         )
-    finished = train(
-        config, out, resume=options.resume, overwrite=options.overwrite, quiet=options.quiet
-    )
+        resume = was_restarted() and RunFolder(out).has_checkpoint()
+    elif out is None:
+        raise ConfigError("--resume needs the run folder: --out RUN")
+    if resume:
+        config = resumed_config(RunFolder(out), given)
+    finished = train(config, out, resume=resume, overwrite=options.overwrite, quiet=options.quiet)
     return 0 if finished else 130
+
+
+def resumed_config(run: RunFolder, given: dict[str, Any]) -> TrainConfig:
+    """The run's settings, if those given are the same. Raises ConfigError and RunError."""
+    config = run.read_config()
+    for name, value in given.items():
+        value = value.absolute() if isinstance(value, Path) else value
+        if name not in CHANGEABLE and value != getattr(config, name):
+            raise ConfigError(
+                f"{name}: {value} differs from the run's {getattr(config, name)}; a resumed run "
+                f"keeps its settings (only {' and '.join(CHANGEABLE)} may change)"
+            )
+    changes = {name: given[name] for name in CHANGEABLE if name in given}
+    return dataclasses.replace(config, **changes)
 
 
 def eval_command(options: argparse.Namespace) -> int:

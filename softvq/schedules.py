@@ -11,6 +11,8 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from softvq.distributed.collectives import from_first_replica, mean_over_replicas
+
 Schedule = Literal["constant", "exponential", "cosine", "learned"]
 Value = TypeVar("Value", float, Tensor)
 
@@ -33,7 +35,8 @@ class CriticalTemperature(nn.Module):
     """T_c = 2·λ_max(Cov z), followed while the encoder moves.
 
     The mean and the covariance of z are running averages over batches; while fewer than
-    1/(1 − decay) batches were seen, they are plain averages.
+    1/(1 − decay) batches were seen, they are plain averages. A batch is that of all replicas of a
+    data-parallel run, each with the same number of rows.
     """
 
     def __init__(self, dim: int, decay: float = 0.98):
@@ -46,15 +49,16 @@ class CriticalTemperature(nn.Module):
     @torch.no_grad()
     def update(self, z: Tensor) -> None:
         """Take in a batch of latents (..., D)."""
-        rows = z.detach().reshape(-1, z.shape[-1]).float()
+        rows = z.detach().reshape(-1, z.shape[-1]).to(self.mean.dtype)
         self.batches += 1
         weight = (1 / self.batches).clamp(min=1 - self.decay)
-        batch_mean = rows.mean(0)
+        batch_mean = mean_over_replicas(rows.mean(0))
         shift, centred = batch_mean - self.mean, rows - batch_mean
-        spread = centred.T @ centred / len(rows) + (1 - weight) * shift.outer(shift)
+        batch_covariance = mean_over_replicas(centred.T @ centred / len(rows))
+        spread = batch_covariance + (1 - weight) * shift.outer(shift)
         self.mean.lerp_(batch_mean, weight)
         self.covariance.lerp_(spread, weight)
 
     def value(self) -> Tensor:
-        """T_c, 0-d float32; zero before the first update."""
-        return 2 * torch.linalg.eigvalsh(self.covariance)[-1]
+        """T_c, 0-d float32, the same bits on every replica; zero before the first update."""
+        return 2 * from_first_replica(torch.linalg.eigvalsh(self.covariance)[-1])

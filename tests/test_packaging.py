@@ -15,7 +15,7 @@ FILES = sorted([*(ROOT / "softvq").rglob("*.py"), *(ROOT / "kernels").rglob("*.p
 LAYERS = [
     {"softvq.kernels"},
     {"softvq", "softvq.functional"},
-    {"softvq.losses", "softvq.metrics", "softvq.schedules", "softvq.data"},
+    {"softvq.losses", "softvq.metrics", "softvq.distributed", "softvq.schedules", "softvq.data"},
     {"softvq.quantizers"},
     {"softvq.models"},
     {"softvq.training"},

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from softvq import losses
+from softvq.distributed.collectives import mean_over_replicas
 from softvq.functional import code_usage, soft_quantize
 from softvq.quantizers.checks import check_counts, check_positive, check_weights
 from softvq.quantizers.kmeans import kmeans
@@ -59,8 +60,9 @@ class Quantizer(nn.Module):
         use_cosine_sim: latents and codes are brought to length 1 before they meet.
         kmeans_init: the first training batch's k-means centres become the codes.
         kmeans_iters: steps of that k-means.
-        sync_codebook: whether k-means and running statistics are those of all replicas of a
-            data-parallel run; None: if torch.distributed is initialised.
+        sync_codebook: whether k-means, running statistics and the regulariser's mean assignment
+            are those of all replicas of a data-parallel run; None: if torch.distributed is
+            initialised.
         entropy_weight: of `losses.entropy_regulariser` in the loss; 0 also leaves its work out.
         entropy_temperature: the T of the assignments that it looks at.
 
@@ -216,6 +218,7 @@ class Quantizer(nn.Module):
         codebook = self.codebook.clone()  # running statistics may move it before the backward pass
         entropy = soft_quantize(z, codebook, self.entropy_temperature).entropy
         usage = code_usage(z, codebook, self.entropy_temperature)
+        usage = mean_over_replicas(usage, self.sync_codebook)
         return losses.entropy_regulariser(entropy, usage)
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from softvq.quantizers.distributed import gather_from_replicas
+from softvq.distributed.collectives import gather_from_replicas
 
 SMALLEST = 1e-30  # weight of a latent that has none: drawn when nothing else is left
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from softvq.distributed.collectives import from_first_replica, sum_over_replicas
 from softvq.functional import code_sums, nearest_codes
-from softvq.quantizers.distributed import from_first_replica, sum_over_replicas
 from softvq.quantizers.draw import draw_latents, race_keys
 
 CANDIDATES_PER_CODE = 8  # latents the seeding looks at; K passes over all of them would be slow
@@ -27,7 +27,7 @@ def kmeans(
 
     Args:
         spherical: bring the codes back to length 1 after every step (spherical k-means).
-        sync: see `softvq.quantizers.distributed`.
+        sync: see `softvq.distributed.collectives`.
     """
     latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
     even = latents.new_ones(len(latents))

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from softvq.distributed.collectives import sum_over_replicas
 from softvq.functional import nearest_codes
-from softvq.quantizers.distributed import sum_over_replicas
 from softvq.quantizers.draw import draw_latents
 
 

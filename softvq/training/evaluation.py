@@ -7,7 +7,9 @@ from torch import Tensor
 
 from softvq import losses, metrics
 from softvq.data import ImageSet
+from softvq.distributed.collectives import sum_over_replicas
 from softvq.models import ImageModel, level_suffix
+from softvq.training.ranks import from_all, share_of
 
 BATCH = 1000
 
@@ -26,15 +28,19 @@ def to_pixels(images: Tensor, device: torch.device) -> Tensor:
 
 
 def evaluate(model: ImageModel, data: ImageSet, device: torch.device) -> SplitMetrics:
-    """Every metric over the whole split. The model keeps the mode it was in."""
+    """Every metric over the whole split, the same bits however many ranks share it.
+
+    The model keeps the mode it was in.
+    """
     was_training = model.training
     model.eval()
     counts = {
         level: torch.zeros(quantizer.codebook_size, dtype=torch.int64, device=device)
         for level, quantizer in model.quantizers.items()
     }
-    means = metrics.Mean()
-    for batch, labels in zip(data.images.split(BATCH), data.labels.split(BATCH), strict=True):
+    batches = list(zip(data.images.split(BATCH), data.labels.split(BATCH), strict=True))
+    results = []
+    for batch, labels in share_of(batches):
         images = to_pixels(batch, device)
         seen = model.evaluate(images, labels.to(device))
         for level, indices in seen.indices.items():
@@ -46,13 +52,17 @@ def evaluate(model: ImageModel, data: ImageSet, device: torch.device) -> SplitMe
         hard = seen.outputs.get("reconstruction_hard_error")
         if hard is not None:
             values["l1_hard"] = 2 * losses.reconstruction_error(hard, images, "absolute")
-        means.add(values, len(images))
+        results.append(values)
     model.train(was_training)
 
+    means = metrics.Mean()
+    for values, (batch, _) in zip(from_all(results), batches, strict=True):
+        means.add(values, len(batch))
     values = means.read()
     values["psnr"] = metrics.psnr(values["reconstruction_error"])
     if "reconstruction_hard_error" in values:
         values["psnr_hard"] = metrics.psnr(values["reconstruction_hard_error"])
+    counts = {level: sum_over_replicas(count) for level, count in counts.items()}
     for level, count in counts.items():
         suffix = level_suffix(level)
         values[f"codebook_usage{suffix}"] = metrics.codebook_usage(count)

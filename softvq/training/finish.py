@@ -15,9 +15,17 @@ from softvq.training.task import Task
 
 
 def finish(
-    config: TrainConfig, run: RunFolder, task: Task, progress: Progress, device: torch.device
+    config: TrainConfig,
+    run: RunFolder,
+    task: Task,
+    progress: Progress,
+    device: torch.device,
+    processes: int,
 ) -> dict[str, float]:
-    """Judge the best weights on the test split and leave everything the run folder promises."""
+    """Judge the best weights on the test split and leave everything the run folder promises.
+
+    processes: how many have trained.
+    """
     model = run.load_model(device)
     test = task.finish(model, run)
     run.append_metrics(progress.step, "test", test)
@@ -26,6 +34,7 @@ def finish(
         "images_per_second": progress.images_per_second,
         "seconds": progress.seconds,
         "device": device_name(device),
+        "processes": processes,
         "seed": config.seed,
         "steps": progress.step,
         "best_step": progress.best_step,

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from softvq.distributed.collectives import sum_over_replicas
 from softvq.metrics import Mean
 from softvq.models import TrainingStep
-from softvq.quantizers.distributed import sum_over_replicas
 from softvq.training.config import TrainConfig
 from softvq.training.progress import warn
 

@@ -15,29 +15,36 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 class Outbox:
     """Keeps lines and weights that found the disk full, and tries again with the next ones.
 
-    A checkpoint is written only after them: it never knows of more than the other files do.
+    A checkpoint is written only after them: it never knows of more than the other files do. Of
+    several ranks one writes.
     """
 
-    def __init__(self, run: RunFolder):
-        self.run = run
+    def __init__(self, run: RunFolder, *, writes: bool = True):
+        self.run, self.writes = run, writes
         self._lines: list[tuple[int, str, dict[str, float]]] = []
         self._model: bytes | None = None
         self._reported = False
 
     def metrics(self, step: int, split: str, values: dict[str, float]) -> None:
         """Add one line to metrics.jsonl."""
+        if not self.writes:
+            return
         self._lines.append((step, split, values))
         with self._patient():
             self._flush()
 
     def model(self, data: bytes) -> None:
         """Replace model.safetensors."""
+        if not self.writes:
+            return
         self._model = data
         with self._patient():
             self._flush()
 
     def checkpoint(self, progress: Progress, parts: dict[str, Stateful]) -> bool:
         """Save a checkpoint; False when the disk is full."""
+        if not self.writes:
+            return True
         with self._patient():
             self._flush()
             save_checkpoint(self.run.checkpoints, progress, parts)

@@ -20,6 +20,7 @@ from softvq.training.likelihood import (
     order0_bits_per_latent,
 )
 from softvq.training.pictures import save_rows
+from softvq.training.ranks import from_all, share_of
 from softvq.training.run_folder import RunFolder
 from softvq.training.showing import PER_ROW, ROWS, even_labels, sampled_rows
 from softvq.training.steering import Steering
@@ -91,15 +92,22 @@ def decoded_samples(
 
 @torch.no_grad()
 def code_metrics(model: CodePrior, data: CodeSet, device: torch.device) -> dict[str, float]:
-    """Bits per latent over a whole split of codes. The model keeps the mode it was in."""
+    """Bits per latent over a whole split of codes, the same bits however many ranks share it.
+
+    The model keeps the mode it was in.
+    """
     was_training = model.training
     model.eval()
-    means = metrics.Mean()
-    for start in range(0, len(data), BATCH):
-        codes, labels = data.batch(slice(start, start + BATCH))
+    batches = torch.arange(len(data)).split(BATCH)
+    results = []
+    for batch in share_of(batches):
+        codes, labels = data.batch(batch)
         codes = {name: grid.to(device) for name, grid in codes.items()}
-        means.add(model(codes, labels.to(device)), len(labels))
+        results.append(model(codes, labels.to(device)))
     model.train(was_training)
+    means = metrics.Mean()
+    for result, batch in zip(from_all(results), batches, strict=True):
+        means.add(result, len(batch))
     values = means.read()
     del values["loss"]
     return values

@@ -63,6 +63,10 @@ class RunFolder:
         self.checkpoints.mkdir()
         write_text(self.config, config.to_toml())
 
+    def has_checkpoint(self) -> bool:
+        """Whether there is something to resume from."""
+        return any(self.checkpoints.glob("step-*"))
+
     def read_config(self) -> TrainConfig:
         """Raises RunError when there is no run."""
         if not self.config.is_file():

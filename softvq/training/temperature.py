@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from softvq.distributed.collectives import from_first_replica
 from softvq.quantizers import SoftVQ
 from softvq.schedules import CriticalTemperature, annealed
 from softvq.training.config import TrainConfig
@@ -41,7 +42,7 @@ class Temperature(nn.Module):
         self.critical_value.copy_(self.critical.value())
         variance = 0.5 * self.critical_value
         self.quantizing_error.copy_(variance)
-        noise = torch.randn_like(quantizer.codebook)
+        noise = from_first_replica(torch.randn_like(quantizer.codebook))
         quantizer.codebook.copy_(self.critical.mean + SPREAD * variance.sqrt() * noise)
         quantizer.set_temperature(self._at(0.0))
 

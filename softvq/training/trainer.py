@@ -4,18 +4,19 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from softvq import metrics
+from softvq.training import ranks
 from softvq.training.advice import memory_advice, warn_of_collapse
 from softvq.training.build import build_data
-from softvq.training.checkpoint import Progress, Stateful, sha256
+from softvq.training.checkpoint import Progress, Stateful, load_checkpoint, sha256
 from softvq.training.codes import check_prior, load_tokenizer
-from softvq.training.config import PRIOR, TrainConfig, torch_device
+from softvq.training.config import PRIOR, TrainConfig
 from softvq.training.finish import finish
 from softvq.training.guards import Guard, TrainingError
 from softvq.training.images import ImageTask
@@ -41,36 +42,47 @@ def train(
 ) -> bool:
     """Train into the run folder `out`; True when finished, False when stopped by a signal.
 
-    With `resume`, `config` must be the run's own. Raises DataError, ConfigError, RunError and
-    TrainingError, each before anything is lost.
+    With `resume`, `config` must be the run's own. Under torchrun all ranks train together, and
+    the first one writes. Raises DataError, ConfigError, RunError and TrainingError, each before
+    anything is lost.
     """
     run = RunFolder(out)
-    device = torch_device(config.device)
-    with locked(out), memory_advice(config):
-        if not resume:
-            run.check(overwrite)
-        elif config.model in PRIOR and run.model.exists():
-            check_prior(run, RunFolder(config.tokenizer))
-        run.sweep()
-        config, task = load_task(config, device)
-        if not resume:
-            run.create(config)
-        trainer = Trainer(config, run, task, device, quiet=quiet)
-        if resume:
-            trainer.resume()
-        return trainer.run_to_the_end()
+    writes = ranks.is_first()
+    with locked(out) if writes else nullcontext(), memory_advice(config):
+        with ranks.joined(config.device) as device:
+            if resume and config.model in PRIOR and run.model.exists():
+                check_prior(run, RunFolder(config.tokenizer))
+            if writes:
+                if not resume:
+                    run.check(overwrite)
+                run.sweep()
+            config, task = load_task(config, device)
+            if not resume and writes:
+                run.create(config)
+            trainer = Trainer(config, run, task, device, quiet=quiet)
+            if resume:
+                trainer.resume()
+            finished = trainer.run_to_the_end()
+        if finished and writes:
+            trainer.finish()
+        return finished
 
 
 def load_task(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, Task]:
     """The resolved settings, and the untrained model they describe with its data."""
     if config.model in PRIOR:
         run = RunFolder(config.tokenizer)
-        tokenizer, images = load_tokenizer(run, device), build_data(run.read_config())
+        tokenizer = load_tokenizer(run, device)
+        with ranks.first_rank_first():  # it downloads, the others read
+            images = build_data(run.read_config())
         config = config.resolved(len(images.train))
+        ranks.check_batch_size(min(config.batch_size, len(images.train)))
         torch.manual_seed(config.seed)
         return config, PriorTask(config, tokenizer, images, device, run.fingerprint())
-    images = build_data(config)
+    with ranks.first_rank_first():
+        images = build_data(config)
     config = config.resolved(len(images.train), images.image_shape)
+    ranks.check_batch_size(min(config.batch_size, len(images.train)))
     torch.manual_seed(config.seed)
     return config, ImageTask(config, images, device)
 
@@ -89,12 +101,14 @@ class Trainer:
     ):
         self.config, self.run, self.task, self.device = config, run, task, device
         self.model = task.model
+        ranks.start_alike(self.model)
         self.optimizer = build_optimizer(config, self.model)
         self.progress = Progress()
         self.losses = metrics.Mean()
-        self.display = Display(config, quiet=quiet)
         self.guard = Guard(config, self.model, task.steering, self.optimizer)
-        self.outbox = Outbox(run)
+        self.writes, self.ranks = ranks.is_first(), ranks.count()
+        self.outbox = Outbox(run, writes=self.writes)
+        self.display = Display(config, quiet=quiet or not self.writes)
 
     @property
     def parts(self) -> dict[str, Stateful]:
@@ -108,14 +122,18 @@ class Trainer:
 
     def resume(self) -> None:
         """Go back to the newest checkpoint. Raises RunError."""
-        self.progress = resume_run(self.run, self.parts, self.task.shape)
+        with ranks.first_rank_first():
+            if self.writes:
+                self.progress = resume_run(self.run, self.parts, self.task.shape)
+            else:
+                self.progress = load_checkpoint(self.run.checkpoints, self.parts)[0] or Progress()
 
     def run_to_the_end(self) -> bool:
-        """Train, validate, save; then the test split, pictures and report. False if stopped."""
+        """Train, validate, save. False if stopped by a signal to any rank."""
         if self.progress.step == 0:
             self._save()
             self.task.start(next(self._batches()).to(self.device))
-        with self.display, stop_signals() as stopped:
+        with self.display, stop_signals() as received:
             for batch in self._batches():
                 if self.progress.step >= self.config.steps:
                     break
@@ -124,6 +142,7 @@ class Trainer:
                 except (ValueError, torch.linalg.LinAlgError):
                     self.guard.raise_if_bad()  # numbers that are not finite make both
                     raise
+                stopped = ranks.any_rank(bool(received))
                 if self._due(self.config.evaluate_every):
                     self._log()
                     self._validate()
@@ -134,15 +153,19 @@ class Trainer:
                     self.display.stopped(self.progress.step, self.run.path, saved=saved)
                     return False
         self.outbox.close()
-        test = finish(self.config, self.run, self.task, self.progress, self.device)
-        self.display.finished(test, self.run.report)
         return True
 
+    def finish(self) -> None:
+        """The test split, pictures and report of the best weights."""
+        test = finish(self.config, self.run, self.task, self.progress, self.device, self.ranks)
+        self.display.finished(test, self.run.report)
+
     def _batches(self) -> Iterator[torch.Tensor]:
-        """The batches that are still to come."""
-        return batches(
+        """This rank's parts of the batches that are still to come."""
+        whole = batches(
             self.task.examples, self.config.batch_size, self.config.seed, self.progress.step
         )
+        return map(ranks.part_of, whole)
 
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.config.steps
@@ -151,18 +174,21 @@ class Trainer:
         started = time.perf_counter()
         self.model.train()
         set_learning_rates(self.optimizer, self.config, self.progress.step)
+        ranks.seed_step(self.config.seed, self.progress.step, self.device)
         self.guard.remember()
-        seen = self.task.step(batch)
+        seen = ranks.averaged(self.task.step(batch))
         self.optimizer.zero_grad(set_to_none=True)
         seen.losses["loss"].backward()
+        ranks.average_gradients(self.model)
         seen = self.guard.check(seen, self.progress.step + 1)
         self.optimizer.step()
         self.progress.step += 1
         step = self.progress.step
         self.task.steering.update(seen, step, step / self.config.steps)
         self.guard.restore()
-        self.losses.add(seen.losses, len(batch))
-        self.progress.images += len(batch)
+        images = len(batch) * self.ranks
+        self.losses.add(seen.losses, images)
+        self.progress.images += images
         self.progress.seconds += time.perf_counter() - started
         self.display.step(step, self.progress, seen.losses)
 
