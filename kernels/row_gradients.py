@@ -279,7 +279,7 @@ def _row_gradients_kernel(
         if OPERAND == tl.float16:
             factor *= operand_scale * unit
         along_quantized = -2.0 * inverse_temperature * sigma
-        along_z = along_quantized
+        along_z = 0.0
         WITH_Z: tl.constexpr = grad_log_partition_pointer is not None
         if WITH_Z:
             along_z = -2.0 * inverse_temperature * grad_log_partition
