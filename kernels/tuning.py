@@ -70,13 +70,10 @@ class Cache:
 
     def _read(self) -> dict[str, list[int]]:
         try:
-            tiles = json.loads(self._path.read_text())
-            if not isinstance(tiles, dict):
-                raise ValueError("not an object")
-            return tiles
+            return {**json.loads(self._path.read_text())}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             if not self._damaged:
                 warnings.warn(f"{self._path} is ignored: {error}", stacklevel=2)
             self._damaged = True
@@ -94,11 +91,9 @@ def environment(device: torch.device) -> str:
     """What a time depends on besides the call: the card, Triton, the kernels' source."""
     import triton
 
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    card = torch.cuda.get_device_name(device)
-    return f"{card}, triton {triton.__version__}, softvq {digest.hexdigest()[:8]}"
+    source = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+    digest, card = hashlib.sha256(source).hexdigest()[:8], torch.cuda.get_device_name(device)
+    return f"{card}, triton {triton.__version__}, softvq {digest}"
 
 
 def fastest(device: torch.device, key: str, candidates: Sequence[Tile], run: Run) -> Tile:
@@ -110,9 +105,9 @@ def fastest(device: torch.device, key: str, candidates: Sequence[Tile], run: Run
     key, shipped = f"{environment(device)}: {key}", candidates[0]
     with _lock:
         best = _cache().get(key, candidates)
-        if best is None and torch.cuda.is_current_stream_capturing():
-            return shipped
         if best is None:
+            if torch.cuda.is_current_stream_capturing():
+                return shipped
             times = {tile: milliseconds(run, tile) for tile in candidates}
             # Once more, for it came first, and an idle card's clock is slow.
             times[shipped] = min(times[shipped], milliseconds(run, shipped))

@@ -145,7 +145,10 @@ def test_sizes_share_a_choice_by_buckets(card):
     assert not times_it(rows=16383)
     assert times_it(rows=16384)
     assert not times_it(rows=10**9)
-    assert not times_it(rows=16384, heads=2)  # programs are what fills a card
+    assert not times_it(rows=8192, heads=2)
+    assert times_it(rows=8192, heads=2, dim=16)  # as 16,384: programs are what fills a card
+    assert not times_it(rows=16384, dim=16)
+    assert times_it(rows=8192, dim=16)
     assert times_it(codes=128)
     assert not times_it(codes=896)  # with 1024
     assert times_it(codes=1152)
@@ -231,8 +234,10 @@ def test_processes_add_to_the_same_file(card, cache):
     a.put("one", SHIPPED, keep=True)
     b.put("two", OTHER, keep=True)
     a.put("two", SHIPPED, keep=True)  # the last writer wins
+    b.put("one", OTHER, keep=True)
+    a.put("three", SHIPPED, keep=True)  # and brings nothing older back
     after = tuning.Cache(cache)
-    assert after.get("one", [SHIPPED, OTHER]) == SHIPPED
+    assert after.get("one", [SHIPPED, OTHER]) == OTHER
     assert after.get("two", [SHIPPED, OTHER]) == SHIPPED
     assert b.get("two", [SHIPPED, OTHER]) == OTHER  # which a process does not change under way
 
