@@ -50,31 +50,35 @@ def launch(
     """
     heads, rows, dim = z.shape
     padded_codes, pad = prepared.high.shape[1:]
+    width = 1 if values is None and row_shift is None else pad
+    strides = (0, 0) if values is None else values.stride()[:2]
+
+    def run(tile: tiles.Tile):
+        blocks = triton.cdiv(codes, tile.codes)
+        splits = _splits(rows, heads, blocks, 4 * heads * padded_codes * width, tile, z.device)
+        # In whole tiles, so that only the last range ends inside one.
+        rows_per_split = triton.cdiv(triton.cdiv(rows, tile.rows), splits) * tile.rows
+        partial = z.new_empty((splits, heads, padded_codes, width), dtype=torch.float32)
+        compiled = _code_sweep_kernel[(blocks, splits, heads)](
+            *(z, *prepared, temperature, row_state),
+            *(values, grad_entropy, code_gradient, row_shift, largest, partial),
+            *(*z.stride()[:2], *strides, rows, rows_per_split, padded_codes),
+            SPLIT_LATENTS=how.split_latents,
+            SPLIT_ALL=how.split_all,
+            WHOLE_TILES=rows >= tile.rows,
+            DIM=dim,
+            PAD=pad,
+            ROWS=tile.rows,
+            CODES=tile.codes,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+        )
+        return compiled, partial[:, :, :codes, : min(width, dim)].sum(0)
+
+    parts = [x is not None for x in (values, grad_entropy, code_gradient, row_shift)]
     more = grad_entropy is not None or code_gradient is not None
     kernel = "code_sweep, all" if more else "code_sweep"
-    tile = tiles.choose(kernel, how.operands, dim, tiles.architecture(z.device))
-    blocks = triton.cdiv(codes, tile.codes)
-    width = 1 if values is None and row_shift is None else pad
-    splits = _splits(rows, heads, blocks, 4 * heads * padded_codes * width, tile, z.device)
-    # In whole tiles, so that only the last range ends inside one.
-    rows_per_split = triton.cdiv(triton.cdiv(rows, tile.rows), splits) * tile.rows
-    partial = z.new_empty((splits, heads, padded_codes, width), dtype=torch.float32)
-    strides = (0, 0) if values is None else values.stride()[:2]
-    _code_sweep_kernel[(blocks, splits, heads)](
-        *(z, *prepared, temperature, row_state),
-        *(values, grad_entropy, code_gradient, row_shift, largest, partial),
-        *(*z.stride()[:2], *strides, rows, rows_per_split, padded_codes),
-        SPLIT_LATENTS=how.split_latents,
-        SPLIT_ALL=how.split_all,
-        WHOLE_TILES=rows >= tile.rows,
-        DIM=dim,
-        PAD=pad,
-        ROWS=tile.rows,
-        CODES=tile.codes,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
-    )
-    return partial[:, :, :codes, : min(width, dim)].sum(0)
+    return run(tiles.choose(kernel, how, z, padded_codes, run, *parts))[1]
 
 
 def _splits(

@@ -59,9 +59,9 @@ def launch(
         torch.empty_like(row),
         z.new_empty((2, heads, rows), dtype=torch.float32),
     )
-    tile = tiles.choose("forward", how.operands, dim, tiles.architecture(z.device))
-    if rows:
-        _forward_kernel[(triton.cdiv(rows, tile.rows), heads)](
+
+    def run(tile: tiles.Tile):
+        compiled = _forward_kernel[(triton.cdiv(rows, tile.rows), heads)](
             *(z, *prepared, temperature, *out),
             *(z.stride(0), z.stride(1), rows, codes, prepared.high.shape[1]),
             SPLIT_LATENTS=how.split_latents,
@@ -74,6 +74,10 @@ def launch(
             STAGES=tile.stages,
             num_warps=tile.warps,
         )
+        return compiled, out
+
+    if rows:
+        run(tiles.choose("forward", how, z, prepared.high.shape[1], run, quantize))
     return out
 
 

@@ -35,23 +35,27 @@ def nearest(z: Tensor, codebook: Tensor, precision: Precision = "highest") -> Te
     has_float32 = torch.float32 in (z.dtype, codebook.dtype)
     split = has_float32 and precision != "medium"
     how = Arithmetic(torch.float16, split, split, split, centre=has_float32)
-    tile = tiles.choose("nearest", how.operands, dim, tiles.architecture(z.device))
     indices = z.new_empty((heads, rows), dtype=torch.int64)
+
+    def run(tile: tiles.Tile):
+        compiled = _nearest_kernel[(triton.cdiv(rows, tile.rows), heads)](
+            *(z, *prepared, indices),
+            *(*z.stride()[:2], rows, codebook.shape[1], prepared.high.shape[1]),
+            SPLIT=split,
+            WHOLE_TILES=rows >= tile.rows,
+            DIM=dim,
+            PAD=tiles.padded_dim(dim),
+            ROWS=tile.rows,
+            CODES=tile.codes,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+        )
+        return compiled, indices
+
     with torch.cuda.device_of(z):
         prepared = prepare(codebook, how)
         if rows:
-            _nearest_kernel[(triton.cdiv(rows, tile.rows), heads)](
-                *(z, *prepared, indices),
-                *(*z.stride()[:2], rows, codebook.shape[1], prepared.high.shape[1]),
-                SPLIT=split,
-                WHOLE_TILES=rows >= tile.rows,
-                DIM=dim,
-                PAD=tiles.padded_dim(dim),
-                ROWS=tile.rows,
-                CODES=tile.codes,
-                STAGES=tile.stages,
-                num_warps=tile.warps,
-            )
+            run(tiles.choose("nearest", how, z, prepared.high.shape[1], run))
     return indices
 
 

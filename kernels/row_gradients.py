@@ -63,44 +63,49 @@ def launch(
     """z and grad_quantized (H, N, D) with unit stride along D; quantized (H, N, D) and gradients of
     rows (H, N) contiguous; indices and row_state the forward's; code_gradient (H, padded K) is υ/N.
     """
-    heads, rows, dim = z.shape
+    (heads, rows, dim), padded_codes = z.shape, prepared.high.shape[1]
+    row_shift = z.new_empty((heads, rows), dtype=torch.float32)
+    grad_z = z.new_empty(z.shape) if needs_z else None
+    largest_usage = None
+    if prepared.scale is not None and code_gradient is not None:
+        largest_usage = code_gradient.abs().amax(1)
+    strides = (0, 0) if grad_quantized is None else grad_quantized.stride()[:2]
+
+    def run(tile: tiles.Tile):
+        blocks = triton.cdiv(rows, tile.rows)
+        # One more block than there are, so that an empty batch has a sum and a maximum too.
+        by_block = {"size": (heads, blocks + 1), "dtype": torch.float32}
+        grad_temperature = z.new_zeros(**by_block) if needs_temperature else None
+        largest = None if prepared.scale is None else z.new_zeros(**by_block)
+        compiled = None
+        if rows:
+            compiled = _row_gradients_kernel[(blocks, heads)](
+                *(z, *prepared, temperature, quantized, indices, row_state),
+                *(grad_quantized, grad_log_partition, grad_entropy, code_gradient, largest_usage),
+                *(grad_z, grad_temperature, row_shift, largest),
+                *(*z.stride()[:2], *strides, rows, padded_codes),
+                SPLIT_LATENTS=how.split_latents,
+                SPLIT_ALL=how.split_all,
+                WHOLE_TILES=rows >= tile.rows,
+                DIM=dim,
+                PAD=tiles.padded_dim(dim),
+                ROWS=tile.rows,
+                CODES=tile.codes,
+                STAGES=tile.stages,
+                num_warps=tile.warps,
+            )
+        return compiled, RowGradients(
+            grad_z,
+            None if grad_temperature is None else grad_temperature.sum(),
+            row_shift,
+            None if largest is None else largest.amax(1),
+        )
+
+    incoming = (grad_quantized, grad_log_partition, grad_entropy, code_gradient)
+    parts = [*(x is not None for x in incoming), needs_z, needs_temperature]
     more = needs_temperature or grad_entropy is not None or code_gradient is not None
     kernel = "row_gradients, all" if more else "row_gradients"
-    tile = tiles.choose(kernel, how.operands, dim, tiles.architecture(z.device))
-    blocks = triton.cdiv(rows, tile.rows)
-    row_shift = z.new_empty((heads, rows), dtype=torch.float32)
-    # One more block than there are, so that an empty batch has a sum and a maximum too.
-    by_block = {"size": (heads, blocks + 1), "dtype": torch.float32}
-    grad_z = z.new_empty(z.shape) if needs_z else None
-    grad_temperature = z.new_zeros(**by_block) if needs_temperature else None
-    largest = largest_usage = None
-    if prepared.scale is not None:
-        largest = z.new_zeros(**by_block)
-        if code_gradient is not None:
-            largest_usage = code_gradient.abs().amax(1)
-    strides = (0, 0) if grad_quantized is None else grad_quantized.stride()[:2]
-    if rows:
-        _row_gradients_kernel[(blocks, heads)](
-            *(z, *prepared, temperature, quantized, indices, row_state),
-            *(grad_quantized, grad_log_partition, grad_entropy, code_gradient, largest_usage),
-            *(grad_z, grad_temperature, row_shift, largest),
-            *(*z.stride()[:2], *strides, rows, prepared.high.shape[1]),
-            SPLIT_LATENTS=how.split_latents,
-            SPLIT_ALL=how.split_all,
-            WHOLE_TILES=rows >= tile.rows,
-            DIM=dim,
-            PAD=tiles.padded_dim(dim),
-            ROWS=tile.rows,
-            CODES=tile.codes,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
-        )
-    return RowGradients(
-        grad_z,
-        None if grad_temperature is None else grad_temperature.sum(),
-        row_shift,
-        None if largest is None else largest.amax(1),
-    )
+    return run(tiles.choose(kernel, how, z, padded_codes, run, *parts))[1]
 
 
 @triton.jit
@@ -274,7 +279,7 @@ def _row_gradients_kernel(
         if OPERAND == tl.float16:
             factor *= operand_scale * unit
         along_quantized = -2.0 * inverse_temperature * sigma
-        along_z = along_quantized
+        along_z = 0.0
         WITH_Z: tl.constexpr = grad_log_partition_pointer is not None
         if WITH_Z:
             along_z = -2.0 * inverse_temperature * grad_log_partition

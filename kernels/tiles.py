@@ -1,4 +1,5 @@
-"""Which tile each kernel works on: a fixed table, so that a shape never triggers a search.
+"""Which tile each kernel works on: a fixed table, so that a shape never triggers a search, unless
+asked to (`tuning.py`).
 
 A tile is `rows` latents by `codes` codes. The output of the second product lies along the rows in
 the row kernels (forward, row_gradients, nearest) and along the codes in code_sweep: there must be
@@ -8,11 +9,14 @@ another's matrix products. Every row of the table was chosen by its machine code
 `python -m bench compile` prints it: no spill first, then the fewest instructions.
 """
 
+import itertools
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-from softvq.kernels.arithmetic import Operands
+from softvq.kernels import tuning
+from softvq.kernels.arithmetic import Arithmetic, Operands
 
 # "all": with the gradients of entropy, usage or temperature, which need registers of their own.
 Kernel = Literal[
@@ -129,10 +133,14 @@ def architecture(device: torch.device) -> Architecture:
     """Whose tiles suit this device; anyone's where nothing is compiled."""
     if device.type != "cuda":
         return "hopper"
-    card = torch.cuda.get_device_properties(device)
-    if card.shared_memory_per_block_optin < _HOPPER_SHARED_MEMORY:
+    if shared_memory(device) < _HOPPER_SHARED_MEMORY:
         return "ampere"
-    return "hopper" if card.major == 9 else "blackwell"
+    return "hopper" if torch.cuda.get_device_properties(device).major == 9 else "blackwell"
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have on a CUDA device."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def widest(kernel: Kernel, operands: Operands, architecture: Architecture) -> int:
@@ -140,13 +148,68 @@ def widest(kernel: Kernel, operands: Operands, architecture: Architecture) -> in
     return 32 << len(_TABLES[architecture][kernel, operands])
 
 
-def choose(kernel: Kernel, operands: Operands, dim: int, architecture: Architecture) -> Tile:
-    """The tile for this kernel, these operands and codes of `dim` elements."""
+def shipped(kernel: Kernel, operands: Operands, dim: int, architecture: Architecture) -> Tile:
+    """The table's tile for this kernel, these operands and codes of `dim` elements."""
     return _TABLES[architecture][kernel, operands][max(0, padded_dim(dim).bit_length() - 7)]
 
 
+def choose(
+    kernel: Kernel, how: Arithmetic, z: Tensor, codes: int, run: tuning.Run, *variant: object
+) -> Tile:
+    """The tile for a call: the shipped one or, where tuning is on, the fastest of its neighbours.
+
+    z is (H, N, D), `codes` the padded K, `run` launches the kernel with a tile, and `variant` is
+    what else decides which parts of the kernel are compiled.
+    """
+    heads, rows, dim = z.shape
+    tile = shipped(kernel, how.operands, dim, architecture(z.device))
+    if not rows or not tuning.applies(z.device):
+        return tile
+    # Coarsely by size: few rows, enough for some multiprocessors of a card, enough for all.
+    least = max(bound for bound in (0, 1024, 16384) if heads * rows >= bound)
+    size = (f"D={dim}", f"K<={1 << (codes - 1).bit_length()}", f"N>={least}")
+    key = " ".join(map(str, (kernel, *size, z.dtype, *how, *variant)))
+    candidates = neighbours(kernel, how.operands, dim, tile, shared_memory(z.device))
+    return tuning.fastest(z.device, key, candidates, run)
+
+
+def neighbours(
+    kernel: Kernel, operands: Operands, dim: int, tile: Tile, shared_memory: int
+) -> list[Tile]:
+    """A tile, and those of half or twice its rows, codes and warps that fit into shared memory, of
+    half to twice its size.
+
+    Of the axis the output lies along, a warp has 16 or 32: see above, and more would spill.
+    """
+    size = tile.rows * tile.codes
+    indexes = kernel in ("forward", "nearest")  # by quads of eight lanes
+    candidates = [tile]
+    for shape in itertools.product(*((x // 2, x, x * 2) for x in tile[:3])):
+        candidate = Tile(*shape, tile.stages)
+        along = candidate.codes if kernel.startswith("code_sweep") else candidate.rows
+        if (
+            candidate != tile
+            and size <= 2 * candidate.rows * candidate.codes <= 4 * size
+            and candidate.rows >= 16
+            and (32 if indexes else 16) <= candidate.codes <= CODE_MULTIPLE
+            and 16 * candidate.warps <= along <= 32 * candidate.warps
+            and shared_bytes(kernel, operands, dim, candidate) <= shared_memory
+        ):
+            candidates.append(candidate)
+    return candidates
+
+
+def shared_bytes(kernel: Kernel, operands: Operands, dim: int, tile: Tile) -> int:
+    """What the operands of the products take; the compiler may need more, and then refuses."""
+    matrices = 1 if kernel in ("forward", "nearest") else 2  # z, and the gradient of q
+    rows = matrices * tile.rows * (4 if operands in ("high", "split") else 2)
+    codes = tile.codes * (2 if operands in ("bfloat16", "converted") else 4)
+    kept, streamed = (codes, rows) if kernel.startswith("code_sweep") else (rows, codes)
+    return padded_dim(dim) * (kept + tile.stages * streamed)
+
+
 def every_choice() -> dict[tuple[Architecture, Kernel, Operands, int], Tile]:
-    """All that `choose` can answer; the last of the key is the largest D."""
+    """All of the tables; the last of the key is the largest D."""
     return {
         (architecture, kernel, operands, 64 << position): tile
         for architecture, table in _TABLES.items()

@@ -4,6 +4,8 @@
 the other tests of the kernels compile them too, instead of interpreting them.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ pytest.importorskip("triton", reason="the fused kernels are written in Triton")
 
 from bench.bounds import ALL, make
 from bench.truth import Errors, Problem, forward, gradients, matmul_in
-from softvq.kernels import fused, support
+from softvq.kernels import fused, support, tuning
 from softvq.kernels.code_sums import code_sums
 
 pytestmark = pytest.mark.gpu
@@ -127,8 +129,12 @@ def test_large_problems_against_float64(dtypes, dim, codes):
     """Outputs within 2× and gradients within 3× the error of plain float32 PyTorch."""
     problem = draw(1, 70_001, codes, dim, *dtypes)
     incoming = incoming_of(problem)
-    ours = run(problem, incoming)
-    matmul = torch.matmul if dtypes[0] == torch.float32 else matmul_in(dtypes[0])
+    assert_near_float64(run(problem, incoming), problem, incoming)
+
+
+def assert_near_float64(ours, problem: Problem, incoming) -> None:
+    dtype = problem.z.dtype
+    matmul = torch.matmul if dtype == torch.float32 else matmul_in(dtype)
     plain = in_blocks(problem.to(torch.float32), incoming, matmul)
     truth = in_blocks(problem.to(torch.float64), incoming)
     for name, expected in truth.items():
@@ -192,3 +198,60 @@ def test_more_than_2_31_elements(dim):
     sums, counts = code_sums(many.z[0], outputs["indices"][0], 128)
     torch.testing.assert_close(sums, code_sums(few.z[0], expected["indices"][0], 128)[0])
     assert counts.sum() == rows
+
+
+@pytest.fixture
+def autotune(monkeypatch, tmp_path):
+    """As with SOFTVQ_AUTOTUNE=1 in a new process that finds nothing on disk."""
+    monkeypatch.setenv("SOFTVQ_AUTOTUNE", "1")
+    monkeypatch.setenv("SOFTVQ_CACHE", str(tmp_path))
+    tuning._on.cache_clear()
+    tuning._cache.cache_clear()
+    yield tmp_path / "softvq" / "tiles.json"
+    tuning._on.cache_clear()
+    tuning._cache.cache_clear()
+
+
+@pytest.mark.parametrize("wins", ["fastest", "slowest"])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_tuned_tiles_against_float64(autotune, monkeypatch, dtypes, dim, wins):
+    """As exact as the shipped ones, the same bits every time, and timed only once."""
+    milliseconds, timed = tuning.milliseconds, []
+
+    def watched(*args):
+        timed.append(milliseconds(*args))
+        slow = wins == "slowest" and math.isfinite(timed[-1])
+        return 1 / timed[-1] if slow else timed[-1]
+
+    monkeypatch.setattr(tuning, "milliseconds", watched)
+    problem = draw(1, 20_001, 1000, dim, *dtypes)
+    incoming = incoming_of(problem)
+    first = run(problem, incoming)
+    assert_near_float64(first, problem, incoming)
+    assert math.isfinite(min(timed)) and autotune.exists()
+    count = len(timed)
+    tuning._cache.cache_clear()  # another process, which reads the file
+    for _ in range(3):
+        for name, x in run(problem, incoming).items():
+            assert torch.equal(x, first[name]), name
+    assert len(timed) == count
+
+
+def test_a_capture_is_not_timed(autotune, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("timed in a capture")
+
+    problem = draw(1, 5000, 1000, 64, torch.bfloat16)
+    incoming = incoming_of(problem)
+    with monkeypatch.context() as untuned:
+        untuned.setattr(tuning, "applies", lambda device: False)
+        expected = run(problem, incoming)  # compiles the shipped tiles
+    monkeypatch.setattr(tuning, "milliseconds", refuse)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(problem, incoming)
+    graph.replay()
+    assert not autotune.exists()
+    for name, x in captured.items():
+        assert torch.equal(x, expected[name]), name

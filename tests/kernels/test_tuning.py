@@ -1,0 +1,352 @@
+"""Autotuning without a card: times are made up, and nothing runs but in the last tests."""
+
+import csv
+import json
+import math
+import warnings
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the fused kernels are written in Triton")
+
+import triton
+from triton.errors import TritonError
+
+import softvq
+from bench.bounds import check, make
+from softvq.kernels import fused, tiles, tuning
+from softvq.kernels.arithmetic import arithmetic
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TABLES = Path(__file__).parents[2] / "bench" / "results" / "compile"
+SHARED_MEMORY = {"hopper": 227 * 1024, "blackwell": 227 * 1024, "ampere": 99 * 1024}
+SHIPPED = tiles.Tile(64, 128, 4)  # for the call that `choose` below makes by default
+OTHER = tiles.Tile(128, 128, 8)
+HOW = arithmetic(torch.bfloat16, torch.bfloat16, "highest")
+
+
+class Card(SimpleNamespace):
+    """A CUDA device that is none: how long each tile takes, and which have been timed."""
+
+    times: dict[tiles.Tile, float]  # 1.0 if missing
+    timed: list[tiles.Tile]
+    capturing: bool
+
+    def milliseconds(self, run, tile: tiles.Tile) -> float:
+        self.timed.append(tile)
+        return self.times.get(tile, 1.0)
+
+
+def new_process() -> None:
+    tuning._cache.cache_clear()
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path) -> Path:
+    """Where the tiles are kept."""
+    monkeypatch.setenv("SOFTVQ_CACHE", str(tmp_path))
+    new_process()
+    yield tmp_path / "softvq" / "tiles.json"
+    new_process()
+
+
+@pytest.fixture
+def card(monkeypatch, cache) -> Card:
+    card = Card(times={}, timed=[], capturing=False)
+    monkeypatch.setattr(tuning, "applies", lambda device: True)
+    monkeypatch.setattr(tuning, "environment", lambda device: "a card, triton 1, softvq 2")
+    monkeypatch.setattr(tuning, "milliseconds", card.milliseconds)
+    monkeypatch.setattr(tiles, "shared_memory", lambda device: SHARED_MEMORY["hopper"])
+    monkeypatch.setattr(tiles, "architecture", lambda device: "hopper")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: card.capturing)
+    return card
+
+
+def choose(rows=1000, codes=1024, dim=64, heads=1, dtype=torch.bfloat16, how=HOW,
+           kernel="forward", variant=True) -> tiles.Tile:  # fmt: skip
+    z = torch.empty(heads, rows, dim, dtype=dtype, device="meta")
+    return tiles.choose(kernel, how, z, codes, None, variant)
+
+
+def test_off_unless_asked(monkeypatch):
+    cuda = torch.device("cuda")
+    for value, on in ((None, False), ("0", False), ("1", True)):
+        tuning._on.cache_clear()
+        monkeypatch.delenv("SOFTVQ_AUTOTUNE", raising=False)
+        if value:
+            monkeypatch.setenv("SOFTVQ_AUTOTUNE", value)
+        assert tuning.applies(cuda) == on
+        assert not tuning.applies(torch.device("cpu"))
+    monkeypatch.delenv("SOFTVQ_AUTOTUNE")
+    assert tuning.applies(cuda)  # read once
+    tuning._on.cache_clear()
+
+
+def test_off_asks_for_nothing(card, cache, monkeypatch):
+    monkeypatch.setattr(tuning, "applies", lambda device: False)
+    card.times[OTHER] = 0.1
+    assert choose() == SHIPPED
+    assert not card.timed and not cache.exists()
+
+
+def test_no_rows_are_not_timed(card):
+    assert choose(rows=0) == SHIPPED and not card.timed
+
+
+def test_the_fastest_is_remembered_in_the_process_and_on_disk(card, cache):
+    card.times[OTHER] = 0.5
+    assert choose() == OTHER
+    assert len(set(card.timed)) > 4
+    card.timed.clear()
+    cache.rename(cache.with_suffix(".away"))
+    assert choose() == OTHER and not card.timed  # in the process
+    cache.with_suffix(".away").rename(cache)
+    new_process()
+    card.times.clear()
+    assert choose() == OTHER and not card.timed  # on disk
+    assert list(json.loads(cache.read_text()).values()) == [list(OTHER)]
+    assert [path.name for path in cache.parent.iterdir()] == [cache.name]  # nothing left aside
+
+
+def test_noise_keeps_the_shipped_tile(card, cache):
+    card.times[OTHER] = 0.98
+    assert choose() == SHIPPED
+    assert list(json.loads(cache.read_text()).values()) == [list(SHIPPED)]  # remembered too
+    card.timed.clear()
+    assert choose() == SHIPPED and not card.timed
+    card.times[OTHER] = 0.96
+    assert choose(dim=48) == OTHER
+
+
+def test_a_cold_start_keeps_the_shipped_tile(card, monkeypatch):
+    """The first of all runs, the shipped tile's, is slow: the card's clock was low."""
+
+    def milliseconds(run, tile):
+        card.timed.append(tile)
+        return 2.0 if len(card.timed) == 1 else 1.0
+
+    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+    assert choose() == SHIPPED
+
+
+def test_sizes_share_a_choice_by_buckets(card):
+    def times_it(**call) -> bool:
+        card.timed.clear()
+        choose(**call)
+        return bool(card.timed)
+
+    assert times_it(rows=1000)
+    assert not times_it(rows=1001)
+    assert times_it(rows=1024)
+    assert not times_it(rows=16383)
+    assert times_it(rows=16384)
+    assert not times_it(rows=10**9)
+    assert not times_it(rows=8192, heads=2)
+    assert times_it(rows=8192, heads=2, dim=16)  # as 16,384: programs are what fills a card
+    assert not times_it(rows=16384, dim=16)
+    assert times_it(rows=8192, dim=16)
+    assert times_it(codes=128)
+    assert not times_it(codes=896)  # with 1024
+    assert times_it(codes=1152)
+    # What is compiled differently is timed by itself.
+    assert times_it(dim=48)
+    assert times_it(variant=False)
+    assert times_it(kernel="row_gradients")
+    assert times_it(dtype=torch.float16, how=arithmetic(torch.float16, torch.float16, "highest"))
+    assert times_it(how=arithmetic(torch.bfloat16, torch.float32, "highest"))
+
+
+def test_a_capture_is_never_timed(card, cache):
+    card.times[OTHER], card.capturing = 0.5, True
+    assert choose() == SHIPPED
+    assert not card.timed and not cache.exists()
+    card.capturing = False
+    assert choose() == OTHER
+    card.timed.clear()
+    card.capturing = True
+    assert choose() == OTHER and not card.timed
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\xff", ""])
+def test_a_damaged_file_is_ignored_with_one_warning(card, cache, content):
+    cache.parent.mkdir()
+    cache.write_bytes(content.encode("latin-1"))
+    with pytest.warns(UserWarning, match=r"tiles.json is ignored") as caught:
+        assert choose() == SHIPPED
+    assert len(caught) == 1
+    assert card.timed
+    new_process()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose() == SHIPPED  # the file has been replaced
+
+
+@pytest.mark.parametrize("nonsense", ["fast", 7, [64, 128], [4096, 128, 4, 2], None])
+def test_a_tile_that_is_no_candidate_is_ignored(card, cache, nonsense):
+    card.times[OTHER] = 0.5
+    choose()
+    key = next(iter(json.loads(cache.read_text())))
+    cache.write_text(json.dumps({key: nonsense}))
+    new_process()
+    card.times.clear()
+    assert choose() == SHIPPED
+
+
+def test_a_folder_that_cannot_be_written_warns_once(card, cache, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(tuning.tempfile, "NamedTemporaryFile", refuse)
+    card.times[OTHER] = 0.5
+    with pytest.warns(UserWarning, match="not kept: read-only") as caught:
+        assert choose() == OTHER
+        assert choose(dim=32) == OTHER
+    assert len(caught) == 1
+    card.timed.clear()
+    assert choose() == OTHER and not card.timed
+
+
+def test_other_versions_have_their_own_entries(card, cache, monkeypatch):
+    card.times[OTHER] = 0.5
+    assert choose() == OTHER
+    monkeypatch.setattr(tuning, "environment", lambda device: "a card, triton 2, softvq 2")
+    card.times.clear()
+    new_process()
+    assert choose() == SHIPPED
+    assert len(json.loads(cache.read_text())) == 2  # the older one is left to its owner
+
+
+def test_the_environment_names_card_versions_and_source(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    tuning.environment.cache_clear()
+    found = tuning.environment(torch.device("cuda"))
+    tuning.environment.cache_clear()
+    assert found.startswith(f"a card, triton {triton.__version__}, softvq ")
+    assert len(found.split()[-1]) == 8
+
+
+def test_processes_add_to_the_same_file(card, cache):
+    a, b = tuning.Cache(cache), tuning.Cache(cache)
+    a.put("one", SHIPPED, keep=True)
+    b.put("two", OTHER, keep=True)
+    a.put("two", SHIPPED, keep=True)  # the last writer wins
+    b.put("one", OTHER, keep=True)
+    a.put("three", SHIPPED, keep=True)  # and brings nothing older back
+    after = tuning.Cache(cache)
+    assert after.get("one", [SHIPPED, OTHER]) == OTHER
+    assert after.get("two", [SHIPPED, OTHER]) == SHIPPED
+    assert b.get("two", [SHIPPED, OTHER]) == OTHER  # which a process does not change under way
+
+
+def test_nothing_that_runs_leaves_the_shipped_tile(card, cache):
+    card.times = {tile: math.inf for tile in tiles.neighbours("forward", "bfloat16", 64, SHIPPED,
+                                                              SHARED_MEMORY["hopper"])}  # fmt: skip
+    assert choose() == SHIPPED
+    assert not cache.exists()  # memory may only have been short
+
+
+def test_the_cache_folder(monkeypatch, tmp_path):
+    for variables, folder in (
+        ({"SOFTVQ_CACHE": "a", "XDG_CACHE_HOME": "b"}, tmp_path / "a"),
+        ({"XDG_CACHE_HOME": "b"}, tmp_path / "b"),
+        ({}, tmp_path / ".cache"),
+    ):
+        for name in ("SOFTVQ_CACHE", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(tmp_path / value))
+        new_process()
+        assert tuning._cache()._path == folder / "softvq" / "tiles.json"
+    new_process()
+
+
+def test_what_spills_or_fails_takes_forever(monkeypatch):
+    monkeypatch.setattr("triton.testing.do_bench", lambda run, **_: run() and 0.25)
+
+    def run(tile, spills=0, error=None):
+        if error:
+            raise error
+        return SimpleNamespace(n_spills=spills), "result"
+
+    assert tuning.milliseconds(run, SHIPPED) == 0.25
+    assert tuning.milliseconds(partial(run, spills=8), SHIPPED) == math.inf
+    for error in (TritonError(), RuntimeError("PassManager::run failed"),
+                  torch.OutOfMemoryError()):  # fmt: skip
+        assert tuning.milliseconds(partial(run, error=error), SHIPPED) == math.inf
+
+
+def test_neighbours_can_run():
+    for (architecture, kernel, operands, dim), shipped in tiles.every_choice().items():
+        limit = SHARED_MEMORY[architecture]
+        found = tiles.neighbours(kernel, operands, dim, shipped, limit)
+        assert found[0] == shipped and len(set(found)) == len(found)
+        assert 2 <= len(found) <= 12
+        for tile in found:
+            assert tiles.CODE_MULTIPLE % tile.codes == 0
+            assert all(size >= 16 and size & (size - 1) == 0 for size in tile[:2])
+            assert tile.codes >= 32 or kernel not in ("forward", "nearest")
+            assert tile.warps >= 1 and tile.stages == shipped.stages
+            assert tiles.shared_bytes(kernel, operands, dim, tile) <= limit
+
+
+def test_what_the_operands_take_is_what_the_compiler_says():
+    """On sm_90, where both operands of a product lie in shared memory: no tile is left out that
+    fits, and what is kept can fit.
+    """
+    compile = pytest.importorskip("bench.compile")
+    compared = 0
+    for row in csv.DictReader((TABLES / "triton-3.9.0.csv").open()):
+        if row["architecture"] == "sm_90" and row["call"] in ("forward", "backward"):
+            kernel, dim = row["kernel"], int(row["dim"])
+            operands = arithmetic(*compile.INPUTS[row["inputs"]]).operands
+            if row["rows"]:
+                tile = tiles.shipped(kernel, operands, dim, "hopper")
+                ratio = tiles.shared_bytes(kernel, operands, dim, tile) / int(row["shared_bytes"])
+                assert 0.9 <= ratio <= 1.0, row
+                compared += 1
+    assert compared > 20
+
+
+@pytest.fixture
+def smallest(card, monkeypatch):
+    """The smallest tile wins; every candidate runs."""
+
+    def milliseconds(run, tile):
+        assert torch._guards.detect_fake_mode() is None and not torch.compiler.is_compiling()
+        run(tile)
+        return tile.rows * tile.codes
+
+    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+
+
+def test_results_do_not_depend_on_what_was_timed(smallest, cache):
+    check(fused, lambda: make(1, 40, 40, 12, device=DEVICE), draws=1)
+    z, codebook, _ = make(1, 40, 40, 12, device=DEVICE)
+    nearest = torch.cdist(z.double(), codebook.double()).argmin(2)
+    assert torch.equal(fused.nearest(z, codebook), nearest)
+    tuned = json.loads(cache.read_text())
+    for kernel in ("forward", "row_gradients, all", "code_sweep, all", "nearest"):
+        assert any(f": {kernel} D=12" in key for key in tuned), kernel
+
+
+def test_tracing_times_nothing(smallest):
+    """The operators are opaque to torch.compile: what it traces is not what runs."""
+
+    def loss(z, codebook):
+        out = softvq.soft_quantize(z, codebook, 0.5, backend="triton")
+        return out.quantized.square().sum() + out.entropy.sum()
+
+    results = []
+    for function in (torch.compile(loss, fullgraph=True, backend="aot_eager"), loss):
+        torch.manual_seed(0)
+        z = torch.randn(40, 12, device=DEVICE, requires_grad=True)
+        codebook = torch.randn(30, 12, device=DEVICE, requires_grad=True)
+        value = function(z, codebook)
+        results.append((value, *torch.autograd.grad(value, (z, codebook))))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
