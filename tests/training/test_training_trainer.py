@@ -191,7 +191,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
     broken = dataclasses.replace(
         config, evaluate_every=evaluate_every, checkpoint_every=checkpoint_every
     )
-    with pytest.raises(TrainingError, match="step 7: quantizing_error is not finite"):
+    with pytest.raises(TrainingError, match="step 7: reconstruction_error is not finite"):
         train(broken, tmp_path / "run", quiet=True)
     checkpoints = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir())[-1] == "step-6"
