@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     again = training.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with the run in --out")
     again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    again.add_argument("--dry-run", action="store_true", help="print the plan, as TOML, and stop")
+    training.add_argument("--dry-run", action="store_true", help="print the plan, as TOML; no run")
     training.add_argument("--quiet", action="store_true", help="print nothing while training")
     training.add_argument(
         "--profile",

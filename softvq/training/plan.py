@@ -8,7 +8,7 @@ from softvq.training.finish import device_name
 from softvq.training.memory import activation_bytes, bytes_of
 from softvq.training.task import Task
 
-PROBE = 32  # examples of the forward pass that is measured; a whole batch takes in proportion
+PROBES = (16, 32)  # examples of the forward passes that are measured; the rest is a straight line
 
 
 def plan(config: TrainConfig, task: Task) -> str:
@@ -47,8 +47,11 @@ def memory(config: TrainConfig, task: Task, dtype: torch.dtype) -> str:
     """What a step holds at once, in parts and as a sum."""
     weights = bytes_of(list(task.model.parameters()))
     task.model.train()
-    probe = torch.arange(min(PROBE, config.batch_size))
-    activations = activation_bytes(task, probe, dtype) * config.batch_size / len(probe)
+    few, more = (
+        activation_bytes(task, torch.arange(size) % task.examples, dtype) for size in PROBES
+    )
+    of_one = (more - few) / (PROBES[1] - PROBES[0])
+    activations = more + of_one * (config.batch_size - PROBES[1])
     held = {
         "weights": weights,
         "gradients": weights,
