@@ -42,6 +42,7 @@ setup(
     ],
     extras_require={
         "dev": ["pytest", "ruff"],
+        "tensorboard": ["tensorboard"],
         "bench": ["vector-quantize-pytorch", "flash-kmeans", "pykeops"],
     },
     entry_points={"console_scripts": ["softvq = softvq.cli:main"]},

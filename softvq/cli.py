@@ -8,16 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
+import torch
+
 import softvq
 from softvq.data import DataError
 from softvq.training.codes import SPLITS
 from softvq.training.commands import decode, encode, evaluate_run, reconstruct, sample
 from softvq.training.config import MODELS, TrainConfig, read_config
+from softvq.training.plan import plan
 from softvq.training.ranks import was_restarted
 from softvq.training.report import write_report
 from softvq.training.run_folder import RunError, RunFolder
 from softvq.training.settings import ConfigError, describe_default, value_types
-from softvq.training.trainer import TrainingError, train
+from softvq.training.trainer import TrainingError, load_task, train
 
 CHANGEABLE = ("device", "on_nan")  # settings that a resumed run may have otherwise
 
@@ -76,7 +79,16 @@ def build_parser() -> argparse.ArgumentParser:
     again = training.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with the run in --out")
     again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    training.add_argument("--dry-run", action="store_true", help="print the plan, as TOML; no run")
     training.add_argument("--quiet", action="store_true", help="print only warnings while training")
+    training.add_argument(
+        "--profile",
+        type=count,
+        default=0,
+        metavar="N",
+        help="write a trace of N steps to trace.json in the run folder",
+    )
+    training.add_argument("--tensorboard", action="store_true", help="also write event files")
     add_settings(training)
 
     evaluation = add("eval", "measure a run's model over a whole split", eval_command)
@@ -107,6 +119,13 @@ def build_parser() -> argparse.ArgumentParser:
     report = add("report", "rebuild a run's report.html", report_command)
     report.add_argument("run", type=Path)
     return parser
+
+
+def count(text: str) -> int:
+    """A whole number above 0. Raises ValueError."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def data_names() -> tuple[str, ...]:
@@ -153,7 +172,17 @@ def train_command(options: argparse.Namespace) -> int:
         raise ConfigError("--resume needs the run folder: --out RUN")
     if resume:
         config = resumed_config(RunFolder(out), given)
-    finished = train(config, out, resume=resume, overwrite=options.overwrite, quiet=options.quiet)
+    if options.dry_run:
+        print(plan(*load_task(config, torch.device("cpu"))), end="")
+        return 0
+    finished = train(
+        *(config, out),
+        resume=resume,
+        overwrite=options.overwrite,
+        quiet=options.quiet,
+        profile=options.profile,
+        tensorboard=options.tensorboard,
+    )
     return 0 if finished else 130
 
 

@@ -6,9 +6,14 @@ import torch
 from torch import Tensor
 
 
+def in_float32(x: Tensor) -> Tensor:
+    """x in float32 at least: sums of many 16-bit numbers would round."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def reconstruction_error(output: Tensor, images: Tensor, kind: str = "squared") -> Tensor:
     """Mean over all elements of |x̂ − x|² ("squared") or |x̂ − x| ("absolute")."""
-    difference = output - images
+    difference = in_float32(output) - images
     return (difference.square() if kind == "squared" else difference.abs()).mean()
 
 
@@ -18,12 +23,13 @@ def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
     Summed over all latent dimensions of an image, averaged over the batch (first dimension).
     Kingma and Welling 2014, appendix B.
     """
+    mean, logvar = in_float32(mean), in_float32(logvar)
     return 0.5 * (mean.square() + logvar.exp() - logvar - 1).sum() / len(mean)
 
 
 def quantizing_error(z: Tensor, quantized: Tensor) -> Tensor:
     """Mean over all elements of (z − q)². Squared: a root's derivative is infinite at zero."""
-    return (z - quantized).square().mean()
+    return (in_float32(z) - quantized).square().mean()
 
 
 def free_energy(log_partition: Tensor, temperature: Tensor, dim: int) -> Tensor:
@@ -51,8 +57,7 @@ def commitment_loss(z: Tensor, codes: Tensor) -> Tensor:
 
     The third term of van den Oord et al. 2017, eq. 3, without its weight β.
     """
-    dtype = torch.promote_types(z.dtype, torch.float32)
-    return quantizing_error(z.to(dtype), codes.detach().to(dtype))
+    return quantizing_error(z, codes.detach())
 
 
 def kl_to_uniform(entropy: Tensor, codebook_size: int) -> Tensor:

@@ -17,17 +17,21 @@ Schedule = Literal["constant", "exponential", "cosine", "learned"]
 Value = TypeVar("Value", float, Tensor)
 
 
-def annealed(schedule: Schedule, progress: float, start: Value, end: Value) -> Value:
+def annealed(
+    schedule: Schedule, progress: float | Tensor, start: Value, end: Value
+) -> Value | Tensor:
     """A value that goes from `start` to `end` while `progress` goes from 0 to 1, then stays.
 
-    "constant" and "learned" stay at `start`.
+    "constant" and "learned" stay at `start`. A progress () on the device is not waited for.
     """
-    progress = min(max(progress, 0.0), 1.0)
+    on_device = isinstance(progress, Tensor)
+    progress = progress.clamp(0.0, 1.0) if on_device else min(max(progress, 0.0), 1.0)
     match schedule:
         case "exponential":
             return start * (end / start) ** progress
         case "cosine":
-            return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+            cosine = (torch.cos if on_device else math.cos)(math.pi * progress)
+            return end + (start - end) * 0.5 * (1 + cosine)
     return start
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from softvq import losses
 from softvq.models.base import ImageModel
 from softvq.models.networks import Grid, Networks, Shape
 from softvq.models.outputs import Latents, LossWeights
@@ -68,7 +69,7 @@ class EncoderDecoder(ImageModel):
             # (B, h, w, classes)
             ones = self._one_hot(labels)[:, None, None].expand(*latents.shape[:3], -1)
             latents = torch.cat([latents, ones], -1)
-        return self.decoder(latents).sigmoid()
+        return losses.in_float32(self.decoder(latents)).sigmoid()
 
     def _one_hot(self, labels: Tensor | None) -> Tensor:
         if labels is None:

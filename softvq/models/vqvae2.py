@@ -81,7 +81,7 @@ class VQVAE2(ImageModel):
         """Codes top (B, h', w', D) and bottom (B, h, w, D) → images (B, C, H, W) in [0, 1]."""
         # (B, h, w, D)
         top = interpolate(top.permute(0, 3, 1, 2), self.latent_grid).permute(0, 2, 3, 1)
-        return self.decoder(torch.cat([top, bottom], -1)).sigmoid()
+        return losses.in_float32(self.decoder(torch.cat([top, bottom], -1))).sigmoid()
 
     def encode_indices(self, images: Tensor) -> dict[str, Tensor]:
         """Images (B, C, H, W) in [0, 1] → nearest codes (B, h, w) int64 by level, in eval mode."""

@@ -58,8 +58,10 @@ class DeadCodeRestart(nn.Module):
     @torch.no_grad()
     def update(self, indices: Tensor) -> None:
         """Count the nearest codes (...) int64 of a batch; −1, a masked position, does not count."""
-        counts = torch.bincount(indices.flatten() + 1, minlength=len(self.share) + 1)[1:]
-        counts = sum_over_replicas(counts, self.sync_codebook)
+        rows = indices.flatten() + 1
+        # bincount would wait for the device to say which index is the largest.
+        counts = rows.new_zeros(len(self.share) + 1).scatter_add_(0, rows, torch.ones_like(rows))
+        counts = sum_over_replicas(counts[1:], self.sync_codebook)
         self.share.lerp_(counts / counts.sum().clamp(min=1), 1 - self.decay)
 
     @torch.no_grad()
@@ -67,7 +69,7 @@ class DeadCodeRestart(nn.Module):
         """Move the dead codes of the codebook (K, D), in place, to latents (..., D)."""
         even = 1 / len(self.share)
         dead = self.share < self.threshold * even
-        if not dead.any():
+        if not dead.is_cuda and not dead.any():  # a GPU is not waited for
             return
         rows = latents.reshape(-1, latents.shape[-1])
         _, squared_distance = nearest_codes(rows, codebook)

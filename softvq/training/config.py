@@ -188,6 +188,15 @@ class TrainConfig:
     seed: int = setting(0, "optimisation", "of everything random, the validation split included")
 
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "run", "where to compute")
+    precision: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto",
+        "run",
+        "numbers that the networks multiply; codes, losses and sums are float32; auto: bfloat16 on "
+        "cuda, float32 on cpu",
+    )
+    compile: Literal["auto", "on", "off"] = setting(
+        "auto", "run", "torch.compile the step; auto: in long runs on cuda"
+    )
     evaluate_every: int | None = setting(
         None, "run", "steps between validations; default: 20 in all"
     )

@@ -53,7 +53,7 @@ class Guard:
         if self._before:
             torch._foreach_copy_(self._before, self._moved_by_others)
 
-    def check(self, seen: TrainingStep, step: int) -> TrainingStep:
+    def check(self, seen: TrainingStep, step: float | Tensor) -> TrainingStep:
         """After the backward pass of step number `step`: judge it, and clip the gradient.
 
         Returns what others may take in: the losses with gradient_norm and, where steps are skipped,
@@ -106,7 +106,7 @@ class Guard:
         return {k: v if k == "skipped" else v / (1 - skipped) for k, v in values.items()}
 
     @torch.no_grad()
-    def _judge(self, terms: dict[str, Tensor], step: int) -> None:
+    def _judge(self, terms: dict[str, Tensor], step: float | Tensor) -> None:
         values = torch.stack([value.detach().float() for value in terms.values()])
         flags = sum_over_replicas((~values.isfinite()).float(), None)
         bad = flags.any().float()
@@ -114,7 +114,8 @@ class Guard:
             self._names = list(terms)
             self._first = torch.zeros(1 + len(terms), dtype=torch.float64, device=flags.device)
         new = bad * (self._first[0] == 0)
-        self._first += new * torch.cat([self._first.new_full((1,), step), flags])
+        number = step.view(1) if isinstance(step, Tensor) else flags.new_full((1,), step)
+        self._first += new * torch.cat([number, flags])
         self.bad.copy_(bad if self.skips else torch.maximum(self.bad, bad))
         self._heard.copy_(self.bad, non_blocking=True)
 

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from softvq.data import DataError, DataSplits
+from softvq.data import DataError, DataSplits, ImageSet
 from softvq.models import ImageModel, TrainingStep, level_suffix
 from softvq.training.build import build_image_model
 from softvq.training.config import TrainConfig
 from softvq.training.evaluation import evaluate, to_pixels
 from softvq.training.pictures import save_codebook_usage, save_rows
 from softvq.training.run_folder import RunFolder
-from softvq.training.showing import PER_ROW, reconstruction_rows, sample_rows
+from softvq.training.showing import PER_ROW, Rows, reconstruction_rows, sample_rows
 from softvq.training.steering import build_steering
 
 
@@ -27,6 +27,7 @@ class ImageTask:
         self.images = data.train.images.to(device)
         self.labels = data.train.labels.to(device)
         self.examples = len(self.images)
+        self.data_bytes = self.images.nbytes + self.labels.nbytes
         coded = bool(self.model.quantizers)
         self.judged_by = "reconstruction_hard_error" if coded else "reconstruction_error"
 
@@ -45,14 +46,24 @@ class ImageTask:
         """Every metric of the model over a whole split."""
         return evaluate(self.model, getattr(self.data, split), self.device).values
 
+    def rows(self) -> Rows:
+        """A few validation images and their reconstructions."""
+        was_training = self.model.training
+        self.model.eval()
+        rows = self._reconstructed(self.model, self.data.validation)
+        self.model.train(was_training)
+        return rows
+
+    def _reconstructed(self, model: ImageModel, data: ImageSet) -> Rows:
+        first = data.select(torch.arange(min(PER_ROW, len(data))))
+        images = to_pixels(first.images, self.device)
+        return reconstruction_rows(model, images, first.labels.to(self.device))
+
     def finish(self, model: ImageModel, run: RunFolder) -> dict[str, float]:
         """Metrics of the best model over the test split; its pictures go to the run folder."""
         test = evaluate(model, self.data.test, self.device)
         for level, counts in test.counts.items():
             save_codebook_usage(run.usage(level_suffix(level)), counts)
-        first = self.data.test.select(torch.arange(min(PER_ROW, len(self.data.test))))
-        images = to_pixels(first.images, self.device)
-        rows = reconstruction_rows(model, images, first.labels.to(self.device))
-        save_rows(run.reconstructions, rows)
+        save_rows(run.reconstructions, self._reconstructed(model, self.data.test))
         save_rows(run.samples, sample_rows(model, self.data, self.device))
         return test.values

@@ -19,10 +19,11 @@ from softvq.training.likelihood import (
     fit_scales,
     order0_bits_per_latent,
 )
+from softvq.training.memory import bytes_of
 from softvq.training.pictures import save_rows
 from softvq.training.ranks import from_all, share_of
 from softvq.training.run_folder import RunFolder
-from softvq.training.showing import PER_ROW, ROWS, even_labels, sampled_rows
+from softvq.training.showing import PER_ROW, ROWS, Rows, even_labels, sampled_rows
 from softvq.training.steering import Steering
 
 
@@ -55,6 +56,7 @@ class PriorTask:
         self.steering = Steering()
         self.train = self.data.train.to(device)
         self.examples = len(self.train)
+        self.data_bytes = bytes_of([*self.train.codes.values(), self.train.labels])
 
     def start(self, batch: Tensor) -> None:
         """Nothing to measure before the first step."""
@@ -66,6 +68,10 @@ class PriorTask:
     def evaluate(self, split: str) -> dict[str, float]:
         """Bits per latent over a whole split."""
         return code_metrics(self.model, getattr(self.data, split), self.device)
+
+    def rows(self) -> Rows:
+        """None: sampling takes too long for every validation."""
+        return []
 
     def finish(self, model: CodePrior, run: RunFolder) -> dict[str, float]:
         """Metrics of the best model over the test split; samples go to the run folder."""

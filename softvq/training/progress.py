@@ -70,6 +70,10 @@ class Display:
             losses=losses,
         )
 
+    def note(self, text: str) -> None:
+        """Print a line."""
+        self._print(text)
+
     def validated(self, step: int, values: dict[str, float]) -> None:
         """Print the metrics of a validation."""
         self.bar.update(self.task, completed=step)

@@ -35,6 +35,8 @@ class RunFolder:
         self.samples = path / "samples.png"
         self.report = path / "report.html"
         self.checkpoints = path / "checkpoints"
+        self.trace = path / "trace.json"
+        self.events = path / "tensorboard"
 
     def usage(self, suffix: str) -> Path:
         """The histogram of the codebook whose names end in `suffix`."""
@@ -55,11 +57,13 @@ class RunFolder:
 
     def create(self, config: TrainConfig) -> None:
         """Begin a new run: remove an old one's files and write the configuration."""
-        for path in (self.config, self.metrics, self.model, self.summary, self.report):
+        files = (self.config, self.metrics, self.model, self.summary, self.report, self.trace)
+        for path in files:
             path.unlink(missing_ok=True)
         for path in (*self.path.glob("*.png"), *self.path.glob("eval-*.json")):
             path.unlink()
         shutil.rmtree(self.checkpoints, ignore_errors=True)
+        shutil.rmtree(self.events, ignore_errors=True)
         self.checkpoints.mkdir()
         write_text(self.config, config.to_toml())
 

@@ -22,6 +22,14 @@ class Steering(nn.Module):
 
     def update(self, seen: TrainingStep, step: int, progress: float) -> None:
         """Take in what step number `step` saw; progress is its share of the run."""
+        self.follow(seen, progress)
+        self.correct(seen, step, progress)
+
+    def follow(self, seen: TrainingStep, progress: float | Tensor) -> None:
+        """The part of `update` that is the same every step and that no device is waited for."""
+
+    def correct(self, seen: TrainingStep, step: int, progress: float) -> None:
+        """The part that is only now and then to be done, after `follow`."""
 
     def gauges(self) -> dict[str, float]:
         """What to log beside the losses."""
@@ -42,15 +50,19 @@ class SoftSteering(Steering):
         """Place the codes among the first latents, and set T."""
         self.temperature.start(*self.steered, model.encode(images).mean)
 
-    def update(self, seen: TrainingStep, step: int, progress: float) -> None:
-        """Set T for the next step; now and then move dead codes to latents."""
-        latents = seen.latents[LEVEL]
+    def follow(self, seen: TrainingStep, progress: float | Tensor) -> None:
+        """Set T for the next step, and count the codes."""
         (quantizer,) = self.steered
         error = seen.losses["quantizing_error"]
-        self.temperature.update(quantizer, latents, error, step, progress)
+        self.temperature.update(quantizer, seen.latents[LEVEL], error, progress)
         self.restart.update(seen.indices[LEVEL])
+
+    def correct(self, seen: TrainingStep, step: int, progress: float) -> None:
+        """Measure where T is critical; move dead codes to latents."""
+        (quantizer,) = self.steered
+        self.temperature.measure(quantizer, step, progress)
         if step % RESTART_EVERY == 0 and RESTART_FROM < progress < RESTART_UNTIL:
-            self.restart.restart(quantizer.codebook, latents)
+            self.restart.restart(quantizer.codebook, seen.latents[LEVEL])
 
     def gauges(self) -> dict[str, float]:
         """T, and where it would be critical."""
@@ -71,7 +83,7 @@ class GumbelSteering(Steering):
         self.first = float(config.temperature)
         self.last = float(config.temperature_ratio) * self.first
 
-    def update(self, seen: TrainingStep, step: int, progress: float) -> None:
+    def follow(self, seen: TrainingStep, progress: float | Tensor) -> None:
         """Set T for the next step."""
         value = annealed(self.schedule, progress / FALLING, self.first, self.last)
         self.steered[0].set_temperature(value)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from softvq.models import TrainingStep
 from softvq.training.run_folder import RunFolder
+from softvq.training.showing import Rows
 from softvq.training.steering import Steering
 
 
@@ -17,6 +18,7 @@ class Task(Protocol):
     examples: int  # in the training split
     judged_by: str  # the metric whose lowest validation value is the best model
     steering: Steering
+    data_bytes: int  # of the training split, on the device
 
     def start(self, batch: Tensor) -> None:
         """Look at the first batch, indices (B,) of training examples, before any step."""
@@ -26,6 +28,9 @@ class Task(Protocol):
 
     def evaluate(self, split: str) -> dict[str, float]:
         """Every metric of the model over a whole split."""
+
+    def rows(self) -> Rows:
+        """A few validation images as the model sees them now; none where it has no images."""
 
     def finish(self, model: nn.Module, run: RunFolder) -> dict[str, float]:
         """Metrics of the best model over the test split; its pictures go to the run folder."""

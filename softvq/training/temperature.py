@@ -52,18 +52,25 @@ class Temperature(nn.Module):
         quantizer: SoftVQ,
         latents: Tensor,
         quantizing_error: Tensor,
-        step: int,
-        progress: float,
+        progress: float | Tensor,
     ) -> None:
         """Take in a step's latents (..., D) and mean (z−q)², and set T for the next one."""
         self.critical.update(latents)
         self.quantizing_error.lerp_(quantizing_error, 1 - DECAY)
+        self._set(quantizer, progress)
+
+    @torch.no_grad()
+    def measure(self, quantizer: SoftVQ, step: int, progress: float) -> None:
+        """After `update`: now and then find the critical temperature again, and T with it."""
         if step % MEASURE_EVERY == 0:
             self.critical_value.copy_(self.critical.value())
+            self._set(quantizer, progress)
+
+    def _set(self, quantizer: SoftVQ, progress: float | Tensor) -> None:
         if self.schedule != "learned":
             quantizer.set_temperature(self._at(progress))
 
-    def _at(self, progress: float) -> Tensor:
+    def _at(self, progress: float | Tensor) -> Tensor:
         start = START * self.critical_value
         if self.fixed_start is not None:
             start = torch.full_like(self.critical_value, self.fixed_start)

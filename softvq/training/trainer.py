@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,16 +18,20 @@ from softvq.training.build import build_data
 from softvq.training.checkpoint import Progress, Stateful, load_checkpoint, sha256
 from softvq.training.codes import check_prior, load_tokenizer
 from softvq.training.config import PRIOR, TrainConfig
+from softvq.training.engine import Engine
 from softvq.training.finish import finish
 from softvq.training.guards import Guard, TrainingError
 from softvq.training.images import ImageTask
 from softvq.training.lock import locked
+from softvq.training.memory import peak_memory
 from softvq.training.outbox import Outbox
 from softvq.training.prior import PriorTask
 from softvq.training.progress import Display
 from softvq.training.resume import resume_run
 from softvq.training.run_folder import RunFolder, model_bytes
 from softvq.training.task import Task
+from softvq.training.tensorboard import Board, check_tensorboard
+from softvq.training.trace import traced
 
 WARMUP = 100  # steps until the learning rate is at its peak
 CODEBOOK_LR_FLOOR = 0.01  # of its peak: the codes follow T to the end
@@ -39,15 +44,19 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
+    profile: int = 0,
+    tensorboard: bool = False,
 ) -> bool:
     """Train into the run folder `out`; True when finished, False when stopped by a signal.
 
-    With `resume`, `config` must be the run's own. Under torchrun all ranks train together, and
-    the first one writes. Raises DataError, ConfigError, RunError and TrainingError, each before
-    anything is lost.
+    With `resume`, `config` must be the run's own. profile: steps to write a trace of, trace.json.
+    tensorboard: also write event files. Under torchrun all ranks train together, and the first one
+    writes. Raises DataError, ConfigError, RunError and TrainingError, each before anything is lost.
     """
     run = RunFolder(out)
     writes = ranks.is_first()
+    if tensorboard:
+        check_tensorboard()
     with locked(out) if writes else nullcontext(), memory_advice(config):
         with ranks.joined(config.device) as device:
             if resume and config.model in PRIOR and run.model.exists():
@@ -59,7 +68,8 @@ def train(
             config, task = load_task(config, device)
             if not resume and writes:
                 run.create(config)
-            trainer = Trainer(config, run, task, device, quiet=quiet)
+            board = Board(run.events) if tensorboard and writes else None
+            trainer = Trainer(config, run, task, device, quiet=quiet, profile=profile, board=board)
             if resume:
                 trainer.resume()
             finished = trainer.run_to_the_end()
@@ -98,7 +108,10 @@ class Trainer:
         device: torch.device,
         *,
         quiet: bool = False,
+        profile: int = 0,
+        board: Board | None = None,
     ):
+        self.profile, self.board = profile, board
         self.config, self.run, self.task, self.device = config, run, task, device
         self.model = task.model
         ranks.start_alike(self.model)
@@ -109,6 +122,7 @@ class Trainer:
         self.writes, self.ranks = ranks.is_first(), ranks.count()
         self.outbox = Outbox(run, writes=self.writes)
         self.display = Display(config, quiet=quiet or not self.writes)
+        self.engine = Engine(config, task, self.optimizer, self.guard, device, self.display.note)
 
     @property
     def parts(self) -> dict[str, Stateful]:
@@ -127,18 +141,22 @@ class Trainer:
                 self.progress = resume_run(self.run, self.parts, self.task.shape)
             else:
                 self.progress = load_checkpoint(self.run.checkpoints, self.parts)[0] or Progress()
+        if self.board:
+            self.board.drop_after(self.progress.step)
 
     def run_to_the_end(self) -> bool:
         """Train, validate, save. False if stopped by a signal to any rank."""
         if self.progress.step == 0:
             self._save()
-            self.task.start(next(self._batches()).to(self.device))
-        with self.display, stop_signals() as received:
+            self.task.start(next(self._batches()))
+        trace = traced(self.run.trace, self.profile if self.writes else 0)
+        with self.display, stop_signals() as received, trace as taken:
             for batch in self._batches():
                 if self.progress.step >= self.config.steps:
                     break
                 try:
-                    self._step(batch.to(self.device))
+                    self._step(batch)
+                    taken()
                 except (ValueError, torch.linalg.LinAlgError):
                     self.guard.raise_if_bad()  # numbers that are not finite make both
                     raise
@@ -158,12 +176,16 @@ class Trainer:
     def finish(self) -> None:
         """The test split, pictures and report of the best weights."""
         test = finish(self.config, self.run, self.task, self.progress, self.device, self.ranks)
+        if self.board:
+            self.board.write(self.progress.step, "test", test)
+            self.board.close()
         self.display.finished(test, self.run.report)
 
     def _batches(self) -> Iterator[torch.Tensor]:
         """This rank's parts of the batches that are still to come."""
         whole = batches(
-            self.task.examples, self.config.batch_size, self.config.seed, self.progress.step
+            *(self.task.examples, self.config.batch_size, self.config.seed, self.progress.step),
+            self.device,
         )
         return map(ranks.part_of, whole)
 
@@ -175,17 +197,9 @@ class Trainer:
         self.model.train()
         set_learning_rates(self.optimizer, self.config, self.progress.step)
         ranks.seed_step(self.config.seed, self.progress.step, self.device)
-        self.guard.remember()
-        seen = ranks.averaged(self.task.step(batch))
-        self.optimizer.zero_grad(set_to_none=True)
-        seen.losses["loss"].backward()
-        ranks.average_gradients(self.model)
-        seen = self.guard.check(seen, self.progress.step + 1)
-        self.optimizer.step()
+        seen = self.engine.step(batch, self.progress.step + 1)
         self.progress.step += 1
         step = self.progress.step
-        self.task.steering.update(seen, step, step / self.config.steps)
-        self.guard.restore()
         images = len(batch) * self.ranks
         self.losses.add(seen.losses, images)
         self.progress.images += images
@@ -194,16 +208,21 @@ class Trainer:
 
     def _log(self) -> None:
         """One line of training losses, averaged since the last one. Raises TrainingError."""
-        values = self.guard.read(self.losses)
+        started = time.perf_counter()
+        values = self.guard.read(self.losses)  # what the device has still to do counts as training
+        self.progress.seconds += time.perf_counter() - started
         values |= self.task.steering.gauges()
-        values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        values["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
         values["images_per_second"] = self.progress.images_per_second
-        self.outbox.metrics(self.progress.step, "train", values)
+        values["peak_memory"] = peak_memory(self.device)
+        self._write("train", values)
 
     def _validate(self) -> None:
         """Metrics of the validation split; the best weights so far become the run's model."""
         values = self.task.evaluate("validation")
-        self.outbox.metrics(self.progress.step, "validation", values)
+        self._write("validation", values)
+        if self.board:
+            self.board.show(self.progress.step, self.task.rows())
         if values[self.task.judged_by] < self.progress.best_error:
             self.progress.best_error = values[self.task.judged_by]
             self.progress.best_step = self.progress.step
@@ -212,6 +231,11 @@ class Trainer:
             self.outbox.model(weights)
         warn_of_collapse(self.config, self.progress, self.model.levels, values)
         self.display.validated(self.progress.step, values)
+
+    def _write(self, split: str, values: dict[str, float]) -> None:
+        self.outbox.metrics(self.progress.step, split, values)
+        if self.board:
+            self.board.write(self.progress.step, split, values)
 
     def _save(self) -> bool:
         """Write a checkpoint; False if the disk is full. Raises TrainingError."""
@@ -243,12 +267,27 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, st
     warm = min(1.0, (step + 1) / min(WARMUP, max(config.steps // 10, 1)))
     cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
     networks, *codes = optimizer.param_groups
-    networks["lr"] = config.lr * warm * cosine
+    _set_rate(networks, config.lr * warm * cosine)
     for group in codes:
-        group["lr"] = config.lr * config.codebook_lr_factor * max(cosine, CODEBOOK_LR_FLOOR)
+        floored = max(cosine, CODEBOOK_LR_FLOOR)
+        _set_rate(group, config.lr * config.codebook_lr_factor * floored)
 
 
-def batches(images: int, batch_size: int, seed: int, start: int) -> Iterator[torch.Tensor]:
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    """In place where it is a tensor, which a recorded step reads."""
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def batches(
+    images: int,
+    batch_size: int,
+    seed: int,
+    start: int,
+    device: torch.device = torch.device("cpu"),  # noqa: B008, it is a constant
+) -> Iterator[torch.Tensor]:
     """Indices of each step's images, without end, beginning at step `start`.
 
     Every epoch is a permutation made from the seed and its number alone, so a resumed run sees
@@ -260,7 +299,7 @@ def batches(images: int, batch_size: int, seed: int, start: int) -> Iterator[tor
     while True:
         epoch = step // per_epoch
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(images, generator=generator)
+        order = torch.randperm(images, generator=generator).to(device)
         for position in range(step % per_epoch, per_epoch):
             yield order[position * size : (position + 1) * size]
             step += 1

@@ -37,7 +37,7 @@ def test_it_falls_to_twice_the_quantizing_error_and_stays():
     temperature, quantizer = started()
     error, values = torch.tensor(0.05), []
     for step in range(1, 1001):
-        temperature.update(quantizer, LATENTS, error, step, step / 1000)
+        temperature.update(quantizer, LATENTS, error, step / 1000)
         values.append(quantizer.temperature.item())
     assert all(a >= b for a, b in pairwise(values[10:]))
     assert values[-1] == pytest.approx(2 * 0.05, rel=0.01)
@@ -46,23 +46,23 @@ def test_it_falls_to_twice_the_quantizing_error_and_stays():
 
 def test_codes_that_fit_exactly_do_not_bring_it_to_zero():
     temperature, quantizer = started()
-    for step in range(1, 2000):
-        temperature.update(quantizer, LATENTS, torch.zeros(()), step, 1.0)
+    for _ in range(2000):
+        temperature.update(quantizer, LATENTS, torch.zeros(()), 1.0)
     torch.testing.assert_close(quantizer.temperature, LOWEST * START * critical())
 
 
 def test_both_ends_can_be_given():
     temperature, quantizer = started(temperature="2.0", temperature_ratio="0.25")
     assert quantizer.temperature.item() == pytest.approx(2.0)
-    temperature.update(quantizer, LATENTS, torch.tensor(9.0), 1, 1.0)
+    temperature.update(quantizer, LATENTS, torch.tensor(9.0), 1.0)
     assert quantizer.temperature.item() == pytest.approx(0.5)
 
 
 def test_a_constant_one_stays_and_a_learned_one_is_left_alone():
     temperature, quantizer = started(temperature="2.0", temperature_schedule="constant")
-    temperature.update(quantizer, LATENTS, torch.tensor(9.0), 1, 0.7)
+    temperature.update(quantizer, LATENTS, torch.tensor(9.0), 0.7)
     assert quantizer.temperature.item() == pytest.approx(2.0)
     temperature, quantizer = started(temperature_schedule="learned", codebook_loss="likelihood")
     quantizer.set_temperature(0.123)
-    temperature.update(quantizer, LATENTS, torch.tensor(9.0), 1, 0.7)
+    temperature.update(quantizer, LATENTS, torch.tensor(9.0), 0.7)
     assert quantizer.temperature.item() == pytest.approx(0.123)

@@ -37,7 +37,10 @@ METRICS = {
 def metrics_of(run):
     """The lines of metrics.jsonl, apart from what the clock says."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("images_per_second", "peak_memory")}
+        for line in lines
+    ]
 
 
 def weights_of(run):

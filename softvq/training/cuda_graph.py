@@ -1,0 +1,83 @@
+"""A training step recorded once and replayed, where the device can."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from softvq.models import TrainingStep
+
+WARM_STEPS = 11  # before recording: what is compiled, tuned or placed at first must have been
+
+Compute = Callable[[Tensor, Tensor], TrainingStep]
+Recorder = Callable[[Callable[[], TrainingStep]], Callable[[], TrainingStep]]
+
+
+class Replayed:
+    """A step (batch (B,), progress ()) → TrainingStep whose inputs always lie in the same memory.
+
+    The first steps run as they are, and count like all others; then one is recorded. Where that
+    fails, one line says so, and they go on running as they are.
+    """
+
+    def __init__(self, compute: Compute, say: Callable[[str], None], recorder: Recorder):
+        self.compute, self.say, self.recorder = compute, say, recorder
+        self.inputs: tuple[Tensor, Tensor] | None = None
+        self.run = self._warm_up
+        self.warm = 0
+
+    def __call__(self, batch: Tensor, progress: float) -> TrainingStep:
+        if self.inputs is None:
+            self.inputs = (torch.empty_like(batch), torch.empty((), device=batch.device))
+        self.inputs[0].copy_(batch, non_blocking=True)
+        self.inputs[1].fill_(progress)
+        return self.run()
+
+    def _as_it_is(self) -> TrainingStep:
+        return self.compute(*self.inputs)
+
+    def _warm_up(self) -> TrainingStep:
+        if self.warm == WARM_STEPS:
+            self.run = self._recorded()
+            return self.run()
+        self.warm += 1
+        if not self.inputs[0].is_cuda:
+            return self._as_it_is()
+        # Aside, as a recording is: autograd remembers the stream that it first met.
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            seen = self._as_it_is()
+        here.wait_stream(aside)
+        return seen
+
+    def _recorded(self) -> Callable[[], TrainingStep]:
+        try:
+            return self.recorder(self._as_it_is)
+        except RuntimeError as error:  # of CUDA or of an operator: some cannot be recorded
+            reason = str(error).strip().partition("\n")[0]
+            self.say(f"the step runs without a CUDA graph: {reason}")
+            return self._as_it_is
+
+
+def record(function: Callable[[], TrainingStep]) -> Callable[[], TrainingStep]:
+    """Record a function that only queues work as a CUDA graph; it is not run.
+
+    Raises RuntimeError, with the random numbers as they were, for a function that waits for the
+    device or does what cannot be recorded.
+    """
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    before = generator.clone_state()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            result = function()
+    except RuntimeError:
+        generator.graphsafe_set_state(before)  # it may think that the recording goes on
+        raise
+
+    def replay() -> TrainingStep:
+        graph.replay()
+        return result
+
+    return replay
