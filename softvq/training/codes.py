@@ -123,6 +123,7 @@ def read_codes(path: Path, split: str, levels: Mapping[str, CodeLevel]) -> dict[
 
 def check_prior(prior: RunFolder, tokenizer: RunFolder) -> None:
     """Raise RunError unless the prior was trained on the codes of this very model."""
+    prior.read_config()
     if prior.read_shape().get("tokenizer") != tokenizer.fingerprint():
         raise RunError(
             f"{prior.path}: not a pixelcnn for the codes of {tokenizer.path} as it is now; train "

@@ -27,7 +27,6 @@ class Engine:
 
     Args:
         config: resolved.
-        guard: judges each step before the optimizer takes it.
         say: takes a line for whoever watches, when something is not as asked.
         recorder: turns a function into one that replays it; None: every step runs as it is.
         backend: of torch.compile.
@@ -38,15 +37,14 @@ class Engine:
         config: TrainConfig,
         task: Task,
         optimizer: torch.optim.Optimizer,
-        guard: Guard,
         device: torch.device,
         say: Callable[[str], None],
         *,
         recorder: Recorder | None = None,
         backend: str = "inductor",
     ):
-        self.task, self.optimizer, self.guard = task, optimizer, guard
-        self.device, self.say = device, say
+        self.task, self.optimizer, self.device, self.say = task, optimizer, device, say
+        self.guard = Guard(config, task.model, task.steering, optimizer)
         self.steps = config.steps
         self.bfloat16 = uses_bfloat16(config, device)
         self.backend = backend if compiles(config, device) else None
@@ -55,7 +53,7 @@ class Engine:
             if ranks.count() == 1:
                 recorder = recorder or record
         self.replayed = None if recorder is None else Replayed(self._compute, say, recorder)
-        self.forward = task.step
+        self.compiled: Callable[[Tensor], TrainingStep] | None = None
         self.taken = 0
 
     def step(self, batch: Tensor, number: int) -> TrainingStep:
@@ -82,7 +80,7 @@ class Engine:
     def _compute(self, batch: Tensor, progress: float | Tensor) -> TrainingStep:
         """All that the device does in every step."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            seen = ranks.averaged(self.forward(batch))
+            seen = ranks.averaged((self.compiled or self.task.step)(batch))
         self.optimizer.zero_grad(set_to_none=True)
         seen.losses["loss"].backward()
         ranks.average_gradients(self.task.model)
@@ -113,11 +111,11 @@ class Engine:
                 return compiled(batch)
             except TorchDynamoException as error:
                 self.say(f"the step runs without torch.compile: {first_line(error)}")
-                self.forward = self.task.step
-                return self.forward(batch)
+                self.compiled = None
+                return self.task.step(batch)
 
         self.say("compiling the step, once …")
-        self.forward = forward
+        self.compiled = forward
 
 
 def uses_bfloat16(config: TrainConfig, device: torch.device) -> bool:

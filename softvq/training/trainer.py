@@ -20,7 +20,7 @@ from softvq.training.codes import check_prior, load_tokenizer
 from softvq.training.config import PRIOR, TrainConfig
 from softvq.training.engine import Engine
 from softvq.training.finish import finish
-from softvq.training.guards import Guard, TrainingError
+from softvq.training.guards import TrainingError
 from softvq.training.images import ImageTask
 from softvq.training.lock import locked
 from softvq.training.memory import peak_memory
@@ -118,11 +118,11 @@ class Trainer:
         self.optimizer = build_optimizer(config, self.model)
         self.progress = Progress()
         self.losses = metrics.Mean()
-        self.guard = Guard(config, self.model, task.steering, self.optimizer)
         self.writes, self.ranks = ranks.is_first(), ranks.count()
         self.outbox = Outbox(run, writes=self.writes)
         self.display = Display(config, quiet=quiet or not self.writes)
-        self.engine = Engine(config, task, self.optimizer, self.guard, device, self.display.note)
+        self.engine = Engine(config, task, self.optimizer, device, self.display.note)
+        self.guard = self.engine.guard
 
     @property
     def parts(self) -> dict[str, Stateful]:
