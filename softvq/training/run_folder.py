@@ -105,6 +105,7 @@ class RunFolder:
 
     def fingerprint(self) -> str:
         """Which model this is: a digest of its weights. Raises RunError."""
+        self.read_config()
         self.read_shape()
         return hashlib.sha256(self.model.read_bytes()).hexdigest()[:16]
 

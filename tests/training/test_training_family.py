@@ -13,6 +13,7 @@ from softvq.data import DataError
 from softvq.quantizers import EMAVQ, VQ, GumbelVQ
 from softvq.training import images
 from softvq.training.build import build_quantizer
+from softvq.training.checkpoint import read_checkpoint
 from softvq.training.config import CONTINUOUS, IMAGES, MODELS, QUANTISED, TrainConfig
 from softvq.training.run_folder import RunFolder, read_metrics
 from softvq.training.trainer import build_optimizer, train
@@ -111,8 +112,12 @@ def test_the_best_model_is_the_one_of_the_judging_metric(model, tiny_runs, tmp_p
     monkeypatch.setattr(images.ImageTask, "evaluate", staged)
     assert train(config_of(tiny_runs(model), evaluate_every=4), run, quiet=True)
     assert json.loads((run / "summary.json").read_text())["best_step"] == 4
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-4", "step-12"}
-    best = torch.load(run / "checkpoints" / "step-4" / "state.pt")["model"]
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {
+        "step-4",
+        "step-8",
+        "step-12",
+    }
+    best = read_checkpoint(run / "checkpoints", 4)["model"]
     saved = load_file(run / "model.safetensors")
     assert saved.keys() == best.keys()
     assert all(torch.equal(saved[name], tensor) for name, tensor in best.items())

@@ -89,9 +89,12 @@ def at_steps(monkeypatch, actions):
     monkeypatch.setattr(Trainer, "_step", act_and_step)
 
 
+CLOCKS = ("images_per_second", "peak_memory")
+
+
 def metrics_of(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines]
 
 
 def leftovers(run):

@@ -54,7 +54,10 @@ def test_the_metrics_have_the_promised_names(tokenizer, tiny_runs):
     levels = LEVELS[tokenizer]
     bits = {"bits_per_latent", *(f"bits_per_latent{level}" for level in levels)}
     for line in lines_of(run, "train"):
-        assert line.keys() == bits | {"step", "split", "loss", "learning_rate", "images_per_second"}
+        assert line.keys() == bits | {
+            *("step", "split", "loss", "gradient_norm", "learning_rate"),
+            *("images_per_second", "peak_memory"),
+        }
         assert line["loss"] == pytest.approx(line["bits_per_latent"] * math.log(2))
     for line in lines_of(run, "validation"):
         assert line.keys() == bits | {"step", "split"}

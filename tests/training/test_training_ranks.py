@@ -41,10 +41,13 @@ def pair(tiny_run, tmp_path_factory):
     return folder, [torch.load(path) for path in results], done
 
 
+CLOCKS = ("images_per_second", "peak_memory")
+
+
 def metrics_of(run):
     """The lines of metrics.jsonl, apart from what the clock says."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines]
 
 
 def tensors(state, path=()):
