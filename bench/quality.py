@@ -47,17 +47,17 @@ class Entry(NamedTuple):
     peer: Callable[[int], nn.Module] | None = None
 
 
+# The decoder reads q, and T falls until q is the nearest code.
+SOFT = {
+    "model": "soft-vqvae",
+    "decoder_input": "quantized",
+    "kl_weight": 0.0,
+    "reconstruction_quantizing_weight": 0.0,
+    "temperature_ratio": "0.005",
+}
 ENTRIES = {
-    "softvq SoftVQ": Entry(
-        {
-            "model": "soft-vqvae",
-            "decoder_input": "quantized",
-            "kl_weight": 0.0,
-            "entropy_weight": 20.0,
-            "temperature_ratio": "0.005",
-            "reconstruction_quantizing_weight": 0.0,
-        }
-    ),
+    "softvq SoftVQ": Entry({**SOFT, "entropy_weight": 10.0}),
+    "softvq SoftVQ, entropy weight 80": Entry({**SOFT, "entropy_weight": 80.0}),
     "softvq VQ": Entry({"model": "vqvae"}),
     "softvq EMAVQ": Entry({"model": "vqvae-ema"}),
     "softvq GumbelVQ": Entry({"model": "vqvae-gumbel"}),
