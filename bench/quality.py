@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from bench.results import OUT, Results, Row, headline, print_table, version
 from softvq.training.config import TrainConfig
-from softvq.training.trainer import batches, build_optimizer, load_task, set_learning_rates
+from softvq.training.optimizer import build_optimizer, set_learning_rates
+from softvq.training.trainer import batches, load_task
 
 DIM = 16
 NET: dict[str, Any] = {"latent_dim": DIM, "width": 16, "residual_blocks": 1, "batch_size": 256}

@@ -20,7 +20,8 @@ from softvq.training.config import TrainConfig
 from softvq.training.cuda_graph import record
 from softvq.training.engine import Engine
 from softvq.training.images import ImageTask
-from softvq.training.trainer import batches, build_optimizer, set_learning_rates
+from softvq.training.optimizer import build_optimizer, set_learning_rates
+from softvq.training.trainer import batches
 
 BATCH, GRID, DIM, CODES = 256, 7, 64, 512
 OURS, PLAIN = "softvq train", "plain PyTorch"

@@ -11,8 +11,9 @@ from softvq.schedules import annealed
 from softvq.training import cuda_graph, steering
 from softvq.training.config import MODELS, TrainConfig
 from softvq.training.engine import COMPILE_FROM, Engine, compiles, uses_bfloat16
+from softvq.training.optimizer import build_optimizer, set_learning_rates
 from softvq.training.run_folder import RunFolder
-from softvq.training.trainer import batches, build_optimizer, load_task, set_learning_rates
+from softvq.training.trainer import batches, load_task
 
 CPU = torch.device("cpu")
 STEPS = 12

@@ -15,8 +15,9 @@ from softvq.training import images
 from softvq.training.build import build_quantizer
 from softvq.training.checkpoint import read_checkpoint
 from softvq.training.config import CONTINUOUS, IMAGES, MODELS, QUANTISED, TrainConfig
+from softvq.training.optimizer import build_optimizer
 from softvq.training.run_folder import RunFolder, read_metrics
-from softvq.training.trainer import build_optimizer, train
+from softvq.training.trainer import train
 
 every_model = pytest.mark.parametrize("model", IMAGES)
 CPU = torch.device("cpu")
