@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
 from softvq.models import TrainingStep
 from softvq.training import ranks
@@ -102,6 +101,8 @@ class Engine:
                     state[name] = torch.empty_like(parameter).copy_(value)
 
     def _compile(self) -> None:
+        from torch._dynamo.exc import TorchDynamoException  # seconds, and it imports triton
+
         compiled = torch.compile(
             self.task.step, fullgraph=True, dynamic=False, backend=self.backend
         )
