@@ -146,6 +146,8 @@ def collapse(rows: Rows) -> Figure | None:
     axes.plot(ends, ends, "--", color=QUIET, lw=0.8)
     axes.annotate("K", (ends[-1], ends[-1]), color=QUIET, va="bottom")
     axes.set(xlabel="codes K", ylabel="perplexity")
+    axes.set_xticks(ends, [f"{k:.0f}" for k in ends])
+    axes.minorticks_off()
     _name(axes, lines)
     return figure
 
