@@ -17,11 +17,16 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked gpu are skipped without a GPU."""
+    """Tests marked gpu are skipped without a GPU, slow ones unless SOFTVQ_SLOW_TESTS=1."""
+    reasons = {}
     if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        reasons["gpu"] = "needs a CUDA device"
+    if os.environ.get("SOFTVQ_SLOW_TESTS") != "1":
+        reasons["slow"] = "takes minutes; SOFTVQ_SLOW_TESTS=1 runs it"
+    for item in items:
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

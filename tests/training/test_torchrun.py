@@ -14,7 +14,10 @@ import torch
 from softvq.training.run_folder import RunFolder
 from tests.launch import ROOT, environment
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc"),
+    pytest.mark.slow,
+]
 
 STEPS = 80
 SETTINGS = {
