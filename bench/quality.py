@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.results import OUT, Results, Row, headline, print_table, version
+from bench.trainer import ours
 from softvq.training.config import TrainConfig
-from softvq.training.optimizer import build_optimizer, set_learning_rates
-from softvq.training.trainer import batches, load_task
+from softvq.training.trainer import load_task
 
 DIM = 16
 NET: dict[str, Any] = {"latent_dim": DIM, "width": 16, "residual_blocks": 1, "batch_size": 256}
@@ -139,18 +139,7 @@ def trained(
     config, task = load_task(config, device)
     if peer is not None:
         task.model.quantizer = peer(config.codebook_size).to(device)
-    optimizer = build_optimizer(config, task.model)
-    source = batches(task.examples, config.batch_size, config.seed, 0)
-    first = next(source).to(device)
-    task.start(first)
-    task.model.train()
-    for step, batch in zip(range(config.steps), source, strict=False):
-        set_learning_rates(optimizer, config, step)
-        seen = task.step(batch.to(device))
-        optimizer.zero_grad(set_to_none=True)
-        seen.losses["loss"].backward()
-        optimizer.step()
-        task.steering.update(seen, step + 1, (step + 1) / config.steps)
+    ours(config, task)(config.steps)
     return task.evaluate("test")
 
 

@@ -20,16 +20,14 @@ class Steering(nn.Module):
     def start(self, model: ImageModel, images: Tensor) -> None:
         """Look at a first batch of images (B, C, H, W) in [0, 1] before any step."""
 
-    def update(self, seen: TrainingStep, step: int, progress: float) -> None:
-        """Take in what step number `step` saw; progress is its share of the run."""
-        self.follow(seen, progress)
-        self.correct(seen, step, progress)
-
     def follow(self, seen: TrainingStep, progress: float | Tensor) -> None:
-        """The part of `update` that is the same every step and that no device is waited for."""
+        """After a step: what is the same every time, and no device is waited for.
+
+        progress: the step's share of the run.
+        """
 
     def correct(self, seen: TrainingStep, step: int, progress: float) -> None:
-        """The part that is only now and then to be done, after `follow`."""
+        """After `follow` of step number `step`: what is only now and then to be done."""
 
     def gauges(self) -> dict[str, float]:
         """What to log beside the losses."""

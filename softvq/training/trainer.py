@@ -81,13 +81,13 @@ def load_task(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, T
         with ranks.first_rank_first():  # it downloads, the others read
             images = build_data(run.read_config())
         config = config.resolved(len(images.train))
-        ranks.check_batch_size(min(config.batch_size, len(images.train)))
+        ranks.check_batch_size(config.batch_size)
         torch.manual_seed(config.seed)
         return config, PriorTask(config, tokenizer, images, device, run.fingerprint())
     with ranks.first_rank_first():
         images = build_data(config)
     config = config.resolved(len(images.train), images.image_shape)
-    ranks.check_batch_size(min(config.batch_size, len(images.train)))
+    ranks.check_batch_size(config.batch_size)
     torch.manual_seed(config.seed)
     return config, ImageTask(config, images, device)
 

@@ -7,6 +7,7 @@ import softvq
 from softvq import losses
 from softvq.models import LEVEL, LossWeights, Networks, SoftVQVAE
 from softvq.quantizers import SoftVQ
+from tests.models.learning import moved
 
 DIM, CODES, GRID, SHAPE = 4, 6, (2, 2), (1, 8, 8)
 OWN, SOFT, HARD = (
@@ -23,17 +24,6 @@ def build(weights=None, *, shape=SHAPE, grid=GRID, quantizer=None, architecture=
     weights = weights or LossWeights(reconstruction_quantizing=1.0)
     networks = Networks(architecture, hidden=(12, 8), width=4)
     return SoftVQVAE(shape, grid, vq, weights=weights, networks=networks, **options)
-
-
-def moved(model, images):
-    """The parts of the model that the loss gives a gradient, after a backward pass."""
-    model(images).losses["loss"].backward()
-    parts = {"encoder": model.encoder, "decoder": model.decoder, "codes": model.quantizer}
-    return {
-        name
-        for name, part in parts.items()
-        if any(p.grad is not None and p.grad.abs().max() > 0 for p in part.parameters())
-    }
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import torch
 from softvq import losses
 from softvq.models import LEVEL, VQVAE, LossWeights, Networks
 from softvq.quantizers import EMAVQ, VQ, GumbelVQ
+from tests.models.learning import losses_of_training, moved
 
 SHAPE, GRID, DIM, CODES = (1, 8, 8), (2, 2), 3, 6
 QUANTIZER_ONLY = LossWeights(reconstruction=0.0, quantizing=1.0, kl=0.0)
@@ -21,17 +22,6 @@ def build(kind, weights=None, *, shape=SHAPE, grid=GRID, architecture="conv", qu
     weights = weights or LossWeights(reconstruction=10.0, kl=0.0)
     vq = cls(DIM, CODES, **options | (quantizer or {}))
     return VQVAE(shape, grid, vq, weights=weights, networks=networks, **o)
-
-
-def moved(model, images):
-    """The parts of the model that the loss gives a gradient, after a backward pass."""
-    model(images).losses["loss"].backward()
-    parts = {"encoder": model.encoder, "decoder": model.decoder, "codes": model.quantizer}
-    return {
-        name
-        for name, part in parts.items()
-        if any(p.grad is not None and p.grad.abs().max() > 0 for p in part.parameters())
-    }
 
 
 @pytest.fixture
@@ -198,13 +188,6 @@ def test_a_gumbel_quantizer_samples_only_in_training(images):
 def test_training_lowers_the_error_and_the_distance_to_the_codes(kind, options):
     images = torch.rand(64, *SHAPE).round()
     model = build(kind, quantizer=options)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    history = []
-    for _ in range(60):
-        seen = model(images)
-        optimizer.zero_grad()
-        seen.losses["loss"].backward()
-        optimizer.step()
-        history.append(seen.losses)
+    history = losses_of_training(model, images)
     assert history[-1]["reconstruction_error"] < 0.9 * history[0]["reconstruction_error"]
     assert history[-1]["quantizing_error"] < 0.7 * history[0]["quantizing_error"]

@@ -8,6 +8,7 @@ from softvq.models import VQVAE2, LossWeights, Networks
 from softvq.models.networks import halved
 from softvq.models.vqvae2 import BOTTOM, TOP
 from softvq.quantizers import EMAVQ, VQ
+from tests.models.learning import losses_of_training
 
 SHAPE, GRID, DIM, CODES = (1, 8, 8), (4, 4), 3, 6
 LEVELS = (TOP, BOTTOM)
@@ -186,14 +187,7 @@ def test_training_moves_the_running_means_of_both_and_evaluation_neither(images,
 def test_training_brings_the_codes_of_both_to_their_latents():
     images = torch.rand(64, *SHAPE).round()
     model = build(decay=0.9)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    history = []
-    for _ in range(60):
-        seen = model(images)
-        optimizer.zero_grad()
-        seen.losses["loss"].backward()
-        optimizer.step()
-        history.append(seen.losses)
+    history = losses_of_training(model, images)
     assert history[-1]["reconstruction_error"] < 0.9 * history[0]["reconstruction_error"]
     for level in LEVELS:
         errors = [seen[f"quantizing_error_{level}"] for seen in history]

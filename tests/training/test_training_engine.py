@@ -65,7 +65,8 @@ class PlainLoop:
         self.optimizer.zero_grad()
         seen.losses["loss"].backward()
         self.optimizer.step()
-        self.task.steering.update(seen, number, number / self.config.steps)
+        self.task.steering.follow(seen, number / self.config.steps)
+        self.task.steering.correct(seen, number, number / self.config.steps)
         return seen
 
 

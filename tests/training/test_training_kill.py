@@ -1,20 +1,13 @@
 """A run that is killed at any moment ends as if it had not been."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from tests.runs import metrics_of
+
 KILLS = 20
-
-
-CLOCKS = ("images_per_second", "peak_memory")
-
-
-def metrics_of(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines]
 
 
 def test_twenty_kills_change_no_byte(tmp_path):

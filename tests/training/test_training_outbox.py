@@ -16,6 +16,7 @@ from softvq.training.checkpoint import Progress, read_checkpoint, save_checkpoin
 from softvq.training.resume import resume_run
 from softvq.training.run_folder import RunError, RunFolder
 from softvq.training.trainer import Trainer, train
+from tests.runs import metrics_of
 
 WARNING = (
     "warning: {run}: cannot be written (No space left on device); what is there is kept and the "
@@ -87,14 +88,6 @@ def at_steps(monkeypatch, actions):
         step(self, batch)
 
     monkeypatch.setattr(Trainer, "_step", act_and_step)
-
-
-CLOCKS = ("images_per_second", "peak_memory")
-
-
-def metrics_of(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines]
 
 
 def leftovers(run):

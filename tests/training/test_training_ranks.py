@@ -1,7 +1,6 @@
 """Training on two ranks: what one would have done, the same bits on both, stopped and resumed."""
 
 import itertools
-import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from softvq.training.config import MODELS
 from softvq.training.settings import ConfigError
 from softvq.training.trainer import batches
 from tests.launch import RANKS, launch
+from tests.runs import metrics_of
 from tests.training.rank_worker import (
     BUSY,
     EQUAL,
@@ -39,15 +39,6 @@ def pair(tiny_run, tmp_path_factory):
     results = [folder / f"{rank}.pt" for rank in range(RANKS)]
     assert all(path.exists() for path in results), [process.stderr for process in done]
     return folder, [torch.load(path) for path in results], done
-
-
-CLOCKS = ("images_per_second", "peak_memory")
-
-
-def metrics_of(run):
-    """The lines of metrics.jsonl, apart from what the clock says."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines]
 
 
 def tensors(state, path=()):

@@ -18,6 +18,7 @@ from softvq.training.config import MODELS
 from softvq.training.guards import Guard
 from softvq.training.run_folder import RunFolder
 from softvq.training.trainer import Trainer, TrainingError, batches, set_learning_rates, train
+from tests.runs import metrics_of
 
 # The metrics that a run of a Soft VQ-VAE promises.
 METRICS = {
@@ -32,15 +33,6 @@ METRICS = {
     "psnr",
     "psnr_hard",
 }
-
-
-def metrics_of(run):
-    """The lines of metrics.jsonl, apart from what the clock says."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k not in ("images_per_second", "peak_memory")}
-        for line in lines
-    ]
 
 
 def weights_of(run):
