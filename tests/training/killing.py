@@ -3,6 +3,7 @@
 `python killing.py FOLDER KILLS SEED` leaves both in FOLDER, as whole and parts, and prints how each
 kill was done. Every part is a forked process, which saves the start of an interpreter; it dies of
 SIGKILL at a random time, at a random change of the run folder, or halfway through writing a file.
+After every fourth kill the newest checkpoint is cut short, or scrambled.
 """
 
 import os
@@ -22,7 +23,7 @@ from softvq.training.config import TrainConfig
 from softvq.training.trainer import train
 
 CONFIG = TrainConfig(
-    steps=120,
+    steps=240,
     batch_size=32,
     evaluate_every=4,
     checkpoint_every=3,
@@ -65,6 +66,19 @@ def die_while_writing(number: int) -> None:
     Path.write_bytes = write_half
 
 
+def damage_newest(checkpoints: Path, draw: random.Random) -> str | None:
+    """Do harm to the last of several checkpoints; says which file of it, and how."""
+    found = sorted(checkpoints.glob("step-*"), key=lambda path: int(path.name[len("step-") :]))
+    if len(found) < 2:
+        return None
+    file = draw.choice(sorted(found[-1].iterdir()))
+    data = file.read_bytes()
+    half, rest = data[: len(data) // 2], data[len(data) // 2 :]
+    how = draw.choice(("cut", "scrambled"))
+    file.write_bytes(half if how == "cut" else half + rest[::-1])
+    return f"{found[-1].name}/{file.name} {how}"
+
+
 def fork(run: Path, prepare: Callable[[], None] | None = None) -> int:
     """A process that trains, or goes on with, the run."""
     pid = os.fork()
@@ -97,7 +111,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
     seconds = time.perf_counter() - started
 
     parts, draw = folder / "parts", random.Random(seed)
-    for _ in range(kills):
+    for number in range(kills):
         how = draw.choice(("time", "change", "half a file"))
         if how == "time":
             moment = draw.uniform(0, 0.1 * seconds)
@@ -114,6 +128,8 @@ def main(folder: Path, kills: int, seed: int) -> None:
             raise RuntimeError("the run came to its end before all kills; make it longer")
         left = sorted(path.name for path in parts.glob("checkpoints/*"))
         print("killed:", how, moment, *left, flush=True)
+        if number % 4 == 3 and (harm := damage_newest(parts / "checkpoints", draw)):
+            print("damaged:", harm, flush=True)
     ended(fork(parts))
 
 

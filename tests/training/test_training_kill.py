@@ -1,4 +1,4 @@
-"""A run that is killed at any moment ends as if it had not been."""
+"""A run that is killed at any moment, its last checkpoint damaged, ends as if nothing had been."""
 
 import os
 import subprocess
@@ -21,6 +21,7 @@ def test_twenty_kills_change_no_byte(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("killed:") == KILLS
+    assert "damaged:" in done.stdout and "damaged checkpoint" in done.stderr
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert metrics_of(parts) == metrics_of(whole)
     files = sorted(p.relative_to(whole) for p in whole.rglob("*") if p.is_file())
