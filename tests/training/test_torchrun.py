@@ -1,4 +1,4 @@
-"""`torchrun … train.py`: one rank is killed, both are restarted, the run folder is complete."""
+"""`torchrun … train.py`: a killed rank is restarted, a stopped run goes on where it was."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import torch
 
 from softvq.training.run_folder import RunFolder
 from tests.launch import ROOT, environment
+from tests.runs import metrics_of
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc"),
@@ -20,25 +21,19 @@ pytestmark = [
 ]
 
 STEPS = 80
-SETTINGS = {
-    "kl-weight": 0,
-    "steps": STEPS,
-    "batch-size": 64,
-    "width": 4,
-    "codebook-size": 16,
-    "checkpoint-every": 5,
-    "evaluate-every": 40,
-}
+SETTINGS = (
+    f"--device cpu --kl-weight 0 --steps {STEPS} --batch-size 64 --width 4 --codebook-size 16 "
+    "--checkpoint-every 5 --evaluate-every 40"
+).split()
 
 
-def start(out):
+def start(out, *flags):
     """torchrun with two ranks, in the background."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    settings = [f"--{name}={value}" for name, value in SETTINGS.items()]
     return subprocess.Popen(
         [
             *(sys.executable, *torchrun, "--max-restarts", "1"),
-            *(ROOT / "train.py", "--device", "cpu", "--out", out, *settings),
+            *(ROOT / "train.py", "--out", out, *flags),
         ],
         # Otherwise torchrun's second attempt often fails (docs/many-devices.md).
         env=environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
@@ -78,17 +73,9 @@ def finish(process):
         process.kill()
 
 
-def test_a_killed_rank_is_restarted_from_the_checkpoint(tmp_path):
-    out = tmp_path / "run"
-    process = start(out)
-    wait_until(lambda: last_step(out) > 0, process)
-    os.kill(second_rank(process), signal.SIGKILL)
-    printed = finish(process)
-    assert process.returncode == 0, printed
-    assert printed.count("test: hard error") == 1, printed
-
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    steps = [(line["step"], line["split"]) for line in lines]
+def check(out):
+    """What a finished run of two ranks has left."""
+    steps = [(line["step"], line["split"]) for line in metrics_of(out)]
     assert steps == [
         (40, "train"),
         (40, "validation"),
@@ -101,3 +88,29 @@ def test_a_killed_rank_is_restarted_from_the_checkpoint(tmp_path):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["processes"] == 2 and summary["steps"] == STEPS
     RunFolder(out).load_model(torch.device("cpu"))
+
+
+def test_a_killed_rank_is_restarted_from_the_checkpoint(tmp_path):
+    out = tmp_path / "run"
+    process = start(out, *SETTINGS)
+    wait_until(lambda: last_step(out) > 0, process)
+    os.kill(second_rank(process), signal.SIGKILL)
+    printed = finish(process)
+    assert process.returncode == 0, printed
+    assert printed.count("test: hard error") == 1, printed
+    check(out)
+
+
+def test_a_stopped_run_saves_and_goes_on(tmp_path):
+    """SIGTERM to torchrun, as from a cluster that wants its machine back."""
+    out = tmp_path / "run"
+    process = start(out, *SETTINGS)
+    wait_until(lambda: last_step(out) > 0, process)
+    process.terminate()
+    printed = finish(process)
+    step = last_step(out)
+    assert f"stopped at step {step}, saved" in " ".join(printed.split()), printed
+    resumed = start(out, "--resume")
+    assert "test: hard error" in finish(resumed)
+    assert resumed.returncode == 0
+    check(out)
