@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 
 
-def codebook_usage(counts: Tensor) -> float:
-    """Fraction of codes that were the nearest one at least once; counts (..., K) int64."""
-    return (counts > 0).double().mean().item()
+def codebook_usage(counts: Tensor, share: float = 0.0) -> float:
+    """Fraction of codes that were the nearest one at least once; counts (..., K) int64.
+
+    share: and for at least this part of their even share of the latents.
+    """
+    least = (share * counts.double().mean(-1, keepdim=True)).clamp(min=1)
+    return (counts >= least).double().mean().item()
 
 
 def perplexity(counts: Tensor) -> float:

@@ -13,6 +13,14 @@ def test_codebook_usage_is_the_share_of_codes_seen():
     assert metrics.codebook_usage(torch.tensor([[1, 1], [3, 0]])) == 0.75
 
 
+def test_codebook_usage_of_a_share_compares_with_even_use():
+    counts = torch.tensor([[10, 4, 1, 1, 0, 8], [1, 1, 1, 1, 1, 1]])  # even use: 4, and 1
+    expected = {0: 11, 0.25: 11, 0.3: 9, 1: 9, 1.1: 2, 2: 2, 2.6: 0}
+    for share, codes in expected.items():
+        assert metrics.codebook_usage(counts, share) == codes / 12
+    assert metrics.codebook_usage(torch.tensor([0, 1, 0, 0, 0]), 0.25) == 1 / 5
+
+
 @pytest.mark.parametrize(
     ("counts", "value"),
     [

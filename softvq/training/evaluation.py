@@ -12,6 +12,8 @@ from softvq.models import ImageModel, level_suffix
 from softvq.training.ranks import from_all, share_of
 
 BATCH = 1000
+# The histogram of the counts, cumulated: the suffix of a metric, and the share of even use it asks.
+SHARES = {"": 0.0, "_quarter": 0.25, "_double": 2.0}
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def evaluate(model: ImageModel, data: ImageSet, device: torch.device) -> SplitMe
     counts = {level: sum_over_replicas(count) for level, count in counts.items()}
     for level, count in counts.items():
         suffix = level_suffix(level)
-        values[f"codebook_usage{suffix}"] = metrics.codebook_usage(count)
+        for name, share in SHARES.items():
+            values[f"codebook_usage{name}{suffix}"] = metrics.codebook_usage(count, share)
         values[f"perplexity{suffix}"] = metrics.perplexity(count)
     return SplitMetrics(values, {level: count.cpu() for level, count in counts.items()})

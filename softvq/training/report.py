@@ -26,6 +26,8 @@ MEANINGS = {
     "psnr": ("higher", "Peak signal-to-noise ratio of the model's own output, in dB."),
     "l1_hard": ("lower", "Absolute error with nearest codes, on pixels from -1 to 1."),
     "codebook_usage": ("higher", "Fraction of the codes that are nearest to at least one latent."),
+    "codebook_usage_quarter": ("higher", "Of the codes, with a quarter of an even share or more."),
+    "codebook_usage_double": ("", "Fraction of the codes with two even shares or more."),
     "perplexity": ("higher", "How many codes, evenly used, would be as varied as these."),
     "max_probability": ("higher", "Mean probability of the nearest code; 1 is a hard choice."),
     "kl": ("", "Divergence of the latents from a standard normal, in nats per image."),
@@ -236,9 +238,17 @@ def _charts(history: History) -> dict[str, Chart | None]:
             for suffix in SUFFIXES
         }
 
+    def usage(suffix: str) -> dict[str, Points]:
+        lines = {"at all": "", "a quarter of an even share": "_quarter", "double": "_double"}
+        return {
+            label: _points(history, "validation", f"codebook_usage{name}{suffix}")
+            for label, name in lines.items()
+        }
+
     def training(*names: str) -> dict[str, Points]:
         return {name.replace("_", " "): _points(history, "train", name) for name in names}
 
+    levels = [s for s in SUFFIXES if _points(history, "validation", f"codebook_usage{s}")] or [""]
     split = "validation" if _points(history, "validation", HARD) else "train"
     soft, hard = _points(history, split, SOFT), _points(history, split, HARD)
     soft_at = dict(soft)
@@ -249,7 +259,7 @@ def _charts(history: History) -> dict[str, Chart | None]:
         ("Reconstruction error", both("reconstruction_error"), "log"),
         ("Temperature", training("temperature", "critical_temperature"), "log"),
         ("Perplexity", by_level("perplexity"), "from zero"),
-        ("Codebook usage", by_level("codebook_usage"), "from zero"),
+        *((f"Codes used{s.replace('_', ', ')}", usage(s), "from zero") for s in levels),
         ("Bits per latent", both("bits_per_latent"), "from zero"),
         ("Training loss", training("loss"), "log"),
     )

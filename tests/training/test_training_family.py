@@ -22,7 +22,8 @@ from softvq.training.trainer import train
 every_model = pytest.mark.parametrize("model", IMAGES)
 CPU = torch.device("cpu")
 OWN, HARD = "reconstruction_error", "reconstruction_hard_error"
-OF_CODES = {"quantizing_error", "codebook_usage", "perplexity"}
+USAGE = {f"codebook_usage{share}" for share in ("", "_quarter", "_double")}
+OF_CODES = {"quantizing_error", "perplexity", *USAGE}
 SOFT_ONLY = {"reconstruction_quantizing_error", "max_probability"}
 
 

@@ -234,6 +234,7 @@ def test_two_levels_of_codes_stand_side_by_side(tmp_path: Path) -> None:
     (perplexity,) = (label for label in labels if label and label.startswith("Perplexity."))
     assert "validation top: from 21.5" in perplexity
     assert "validation bottom: from 43.25" in perplexity
+    assert {"Codes used, top", "Codes used, bottom"} < set(charts_of(page))
 
 
 def test_a_prior_is_judged_in_bits(tmp_path: Path) -> None:

@@ -64,7 +64,9 @@ def test_the_metrics_have_the_names_of_the_contract(tiny_run):
             assert {"temperature", "learning_rate"} <= line.keys()
         else:
             assert line.keys() >= METRICS
-            assert 0 < line["codebook_usage"] <= 1 and 1 <= line["perplexity"] <= 8
+            double, quarter = line["codebook_usage_double"], line["codebook_usage_quarter"]
+            assert 0 <= double <= quarter <= line["codebook_usage"] <= 1
+            assert 1 <= line["perplexity"] <= 8
 
 
 def test_the_summary(tiny_run):
