@@ -78,18 +78,6 @@ def order0_bits_per_latent(train_codes: Tensor, test_codes: Tensor, codebook_siz
         train_codes: (N, ...) int64, counted, each code once more than it occurred.
         test_codes: (M, ...) int64, sent.
     """
-    return _histogram_bits(train_codes.reshape(-1, 1), test_codes.reshape(-1, 1), codebook_size)
-
-
-def position_bits_per_latent(train_codes: Tensor, test_codes: Tensor, codebook_size: int) -> float:
-    """As `order0_bits_per_latent`, with one histogram per position: (N, h, w) and (M, h, w)."""
-    return _histogram_bits(train_codes.flatten(1), test_codes.flatten(1), codebook_size)
-
-
-def _histogram_bits(train_codes: Tensor, test_codes: Tensor, codebook_size: int) -> float:
-    """Mean of −log₂ p of test codes (M, P), with a smoothed histogram for each of P columns."""
-    columns = train_codes.shape[1]
-    counts = torch.ones(codebook_size, columns, dtype=torch.float64, device=train_codes.device)
-    counts.scatter_add_(0, train_codes, torch.ones_like(train_codes, dtype=counts.dtype))
-    probabilities = counts / counts.sum(0)
-    return -probabilities.log2().gather(0, test_codes).mean().item()
+    counts = 1 + train_codes.flatten().bincount(minlength=codebook_size).double()
+    bits = -(counts / counts.sum()).log2()
+    return bits[test_codes].mean().item()

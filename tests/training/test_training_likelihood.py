@@ -12,7 +12,6 @@ from softvq.training.likelihood import (
     fit_scales,
     logistic_log_probability,
     order0_bits_per_latent,
-    position_bits_per_latent,
 )
 
 VALUES = torch.arange(256, dtype=torch.uint8)
@@ -108,16 +107,8 @@ def test_order0_by_hand():
     assert order0_bits_per_latent(train, test, 3) == pytest.approx(expected)
 
 
-def test_position_by_hand():
-    train = torch.tensor([[[0, 1]], [[0, 2]]])
-    test = torch.tensor([[[0, 0]]])
-    # Place one: 3/5, 1/5, 1/5. Place two: 1/5, 2/5, 2/5.
-    expected = -(math.log2(3 / 5) + math.log2(1 / 5)) / 2
-    assert position_bits_per_latent(train, test, 3) == pytest.approx(expected)
-
-
-def test_histograms_of_a_known_distribution_reach_its_entropy():
+def test_order0_of_a_known_distribution_reaches_its_entropy():
     odds = torch.tensor([0.5, 0.25, 0.125, 0.125])  # 1.75 bits
     codes = odds.multinomial(40_000, replacement=True).view(-1, 2, 5)
-    for bits in (order0_bits_per_latent, position_bits_per_latent):
-        assert bits(codes[:2000], codes[2000:], 4) == pytest.approx(1.75, abs=0.02)
+    bits = order0_bits_per_latent(codes[:2000], codes[2000:], 4)
+    assert bits == pytest.approx(1.75, abs=0.02)
