@@ -55,10 +55,10 @@ SOFT = {
     "kl_weight": 0.0,
     "reconstruction_quantizing_weight": 0.0,
     "temperature_ratio": "0.005",
+    "entropy_weight": 30.0,
 }
 ENTRIES = {
-    "softvq SoftVQ": Entry({**SOFT, "entropy_weight": 10.0}),
-    "softvq SoftVQ, entropy weight 80": Entry({**SOFT, "entropy_weight": 80.0}),
+    "softvq SoftVQ": Entry(SOFT),
     "softvq VQ": Entry({"model": "vqvae"}),
     "softvq EMAVQ": Entry({"model": "vqvae-ema"}),
     "softvq GumbelVQ": Entry({"model": "vqvae-gumbel"}),
@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--codes", type=int, nargs="+", default=[64, 128, 256, 512], help="K")
     parser.add_argument("--peer-codes", type=int, nargs="+", default=[256], help="K of the peers")
     parser.add_argument("--seed", type=int, default=0)

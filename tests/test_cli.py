@@ -114,7 +114,7 @@ def test_help_of_train_shows_every_setting_and_its_default(capsys):
     [
         ("reconstruction-weight", "default: 10.0, 10000.0 for soft-vqvae, 1.0 for ae"),
         ("temperature", "only for soft-vqvae, vqvae-gumbel; default: auto, 1 for vqvae-gumbel"),
-        ("decay", "only for vqvae-ema, vqvae2; default: 0.99"),
+        ("decay", "only for vqvae-ema, vqvae2; default: 0.95"),
         ("codebook-size", "not for ae, vae, cvae, pixelcnn; default: 128"),
         ("width", "default: 32, 64 for pixelcnn"),
         ("tokenizer", "only for pixelcnn"),

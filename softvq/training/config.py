@@ -144,9 +144,9 @@ class TrainConfig:
     codebook_start: Literal["random", "kmeans"] | None = setting(
         each(("vqvae", *EMA), "kmeans"), "losses", "where the codes begin"
     )
-    decay: float | None = setting(each(EMA, 0.99), "losses", "of the codes' running sums")
+    decay: float | None = setting(each(EMA, 0.95), "losses", "of the codes' running sums")
     dead_code_threshold: float | None = setting(
-        each(EMA, 0.2, soft_vqvae=0.01),
+        each((*SOFT, *EMA), 0.2),
         "losses",
         "restart codes under this part of an even share of the latents; 0: never",
     )

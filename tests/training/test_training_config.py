@@ -271,7 +271,7 @@ def test_defaults_in_words():
     assert describe_default(fields["lr"], MODELS) == "; default: 0.002, 0.004 for pixelcnn"
     assert describe_default(fields["steps"], MODELS) == ""
     assert describe_default(fields["decay"], MODELS) == (
-        "; only for vqvae-ema, vqvae2; default: 0.99"
+        "; only for vqvae-ema, vqvae2; default: 0.95"
     )
     assert describe_default(fields["commitment_weight"], MODELS) == (
         "; only for soft-vqvae, vqvae, vqvae-ema, vqvae2; default: 0.25, 0.0 for soft-vqvae"
