@@ -10,13 +10,15 @@ from softvq.data.mnist import load_mnist
 from softvq.data.pictures import find_images, load_images
 from softvq.data.resize import fit
 from softvq.data.splits import split_off
-from softvq.data.types import DataError, DataSplits, ImageSet, Source
+from softvq.data.types import Batch, DataError, DataSplits, Images, ImageSet, Source
 
 __all__ = [
     "DATASETS",
+    "Batch",
     "DataError",
     "DataSplits",
     "ImageSet",
+    "Images",
     "find_images",
     "load_data",
     "load_images",

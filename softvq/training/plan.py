@@ -47,9 +47,8 @@ def memory(config: TrainConfig, task: Task, dtype: torch.dtype) -> str:
     """What a step holds at once, in parts and as a sum."""
     weights = bytes_of(list(task.model.parameters()))
     task.model.train()
-    few, more = (
-        activation_bytes(task, torch.arange(size) % task.examples, dtype) for size in PROBES
-    )
+    probes = task.load([torch.arange(size) % task.examples for size in PROBES])
+    few, more = (activation_bytes(task, batch, dtype) for batch in probes)
     of_one = (more - few) / (PROBES[1] - PROBES[0])
     activations = more + of_one * (config.batch_size - PROBES[1])
     held = {

@@ -70,7 +70,8 @@ def test_the_plan_of_a_resumed_run_is_its_own(config, tiny_run, capsys):
 def test_the_memory_of_a_batch_is_that_of_a_whole_forward_pass(config, capsys):
     config = dataclasses.replace(config, batch_size=1000)
     config, task = load_task(config, CPU)
-    whole = activation_bytes(task, torch.arange(1000), torch.float32)
+    (batch,) = task.load([torch.arange(1000)])
+    whole = activation_bytes(task, batch, torch.float32)
     words = memory(config, task, torch.float32).rpartition("activations ")[2]
     assert float(words.removesuffix(" MB")) == pytest.approx(whole / 1e6, abs=0.06)
 
