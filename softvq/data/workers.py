@@ -1,0 +1,68 @@
+"""Reading in other processes, in order."""
+
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from softvq.data.types import DataError
+
+AHEAD = 2  # results that each process has ready
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_workers(
+    read: Callable[[Item], Result], items: Iterable[Item], workers: int, *, pin: bool = False
+) -> Iterator[Result]:
+    """read(item) of each item, in the items' order, from so many processes; 0: from this one.
+
+    No random number is drawn here. A DataError of `read` is raised as it is, at its item's turn.
+    pin: put the results' tensors in page-locked memory, for copies to a GPU that nobody waits for.
+    """
+    items = iter(items)
+    first = list(islice(items, 2))
+    if len(first) < 2:
+        workers = 0  # one alone is not worth a process
+    loader = DataLoader(
+        _Items(read),
+        batch_size=None,
+        sampler=chain(first, items),
+        num_workers=workers,
+        prefetch_factor=AHEAD if workers else None,
+        pin_memory=pin,
+        collate_fn=_as_it_is,
+        worker_init_fn=_leave_signals_to_the_parent,
+        generator=torch.Generator(),  # the default one would be drawn from
+    )
+    for result in loader:
+        if isinstance(result, DataError):
+            raise result
+        yield result
+
+
+class _Items(Dataset[Any]):
+    """What a function makes of each item; a DataError is a result, that none is wrapped."""
+
+    def __init__(self, read: Callable[[Any], Any]):
+        self.read = read
+
+    def __getitem__(self, item: Any) -> Any:
+        try:
+            return self.read(item)
+        except DataError as error:
+            return error
+
+
+def _as_it_is(result: Any) -> Any:
+    return result
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C, and many a scheduler, signal all processes; the training one decides when to end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
