@@ -64,6 +64,11 @@ class StreamedSet:
         """What all the images would take in memory."""
         return len(self) * math.prod(self.image_shape)
 
+    @property
+    def streamed(self) -> bool:
+        """Yes: images are decoded when they are loaded."""
+        return True
+
     def __len__(self) -> int:
         return len(self.chosen)
 
@@ -87,12 +92,7 @@ class StreamedSet:
         try:
             for decoded in in_workers(self._decode, _chunks(batches), self.workers, pin=pin):
                 self.bad.found(decoded.problems)
-                images, labels = decoded.images, decoded.labels
-                parts.append(
-                    Batch(
-                        images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-                    )
-                )
+                parts.append(Batch(decoded.images, decoded.labels).to(device))
                 if not decoded.last:
                     continue
                 batch = Batch(*map(torch.cat, zip(*parts, strict=True)))

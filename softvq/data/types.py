@@ -18,6 +18,10 @@ class Batch(NamedTuple):
     images: Tensor  # (B, C, H, W) uint8
     labels: Tensor  # (B,) int64
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device, which is not waited for."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
 
 class Images(Protocol):
     """A set of images with their labels, wherever it lies."""
@@ -31,6 +35,14 @@ class Images(Protocol):
     @property
     def nbytes(self) -> int:
         """The memory that the set takes."""
+
+    @property
+    def decoded_bytes(self) -> int:
+        """The memory that all its images take when they are decoded."""
+
+    @property
+    def streamed(self) -> bool:
+        """Whether images are decoded only when they are loaded."""
 
     def __len__(self) -> int: ...
 
@@ -67,6 +79,16 @@ class ImageSet:
         """The memory of images and labels."""
         return self.images.nbytes + self.labels.nbytes
 
+    @property
+    def decoded_bytes(self) -> int:
+        """The memory of the images."""
+        return self.images.nbytes
+
+    @property
+    def streamed(self) -> bool:
+        """No: they have been decoded."""
+        return False
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -81,8 +103,7 @@ class ImageSet:
     def load(self, batches: Iterable[Tensor], device: torch.device) -> Iterator[Batch]:
         """The images of each batch of indices, (B,) int64 where the labels are, on `device`."""
         for chosen in batches:
-            images, labels = self.images[chosen], self.labels[chosen]
-            yield Batch(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+            yield Batch(self.images[chosen], self.labels[chosen]).to(device)
 
 
 class Source(NamedTuple):

@@ -28,6 +28,7 @@ class ImageTask:
         self.steering = build_steering(config, self.model).to(device)
         self.train = data.train.to(device)
         self.examples, self.data_bytes = len(self.train), self.train.nbytes
+        self.decoded_bytes, self.streamed = self.train.decoded_bytes, self.train.streamed
         self.indexed_on = self.train.labels.device
         coded = bool(self.model.quantizers)
         self.judged_by = "reconstruction_hard_error" if coded else "reconstruction_error"

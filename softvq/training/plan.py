@@ -21,7 +21,8 @@ def plan(config: TrainConfig, task: Task) -> str:
     epochs = config.steps * config.batch_size / task.examples
     what = "codes of images" if config.model in PRIOR else "images"
     lines = {
-        "data": f"{task.examples:,} {what} to train on, from {config.data or config.tokenizer}",
+        "data": f"{task.examples:,} {what} to train on, from {config.data or config.tokenizer}; "
+        f"{megabytes(task.decoded_bytes)} {'streamed' if task.streamed else 'in memory'}",
         "model": f"{config.model}, {parameters(task)}",
         "steps": f"{config.steps:,} of {config.batch_size:,}, {epochs:.1f} epochs; validation "
         f"every {config.evaluate_every:,}, checkpoint every {config.checkpoint_every:,}",

@@ -58,6 +58,7 @@ class PriorTask:
         self.train = self.data.train.to(device)
         self.examples = len(self.train)
         self.data_bytes = bytes_of([*self.train.codes.values(), self.train.labels])
+        self.decoded_bytes, self.streamed = self.data_bytes, False
         self.indexed_on = self.train.labels.device
 
     def load(self, batches: Iterable[Tensor]) -> Iterator[Batch]:

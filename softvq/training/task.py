@@ -22,7 +22,9 @@ class Task(Protocol):
     examples: int  # in the training split
     judged_by: str  # the metric whose lowest validation value is the best model
     steering: Steering
-    data_bytes: int  # that the training split takes
+    data_bytes: int  # that the training split takes in memory,
+    decoded_bytes: int  # and that it would take if it were all there
+    streamed: bool  # whether it is not
     indexed_on: torch.device  # where `load` wants its indices
 
     def load(self, batches: Iterable[Tensor]) -> Iterator[Batch]:

@@ -47,7 +47,7 @@ def test_the_plan_says_what_is_to_come(config, tiny_run, capsys):
     plan, _ = planned(capsys, "--config", str(tiny_run / "config.toml"), "--steps", "100")
     _, task = load_task(config, CPU)
     weights = sum(p.numel() for p in task.model.parameters())
-    assert plan["data"] == "1,293 images to train on, from digits"
+    assert plan["data"] == "1,293 images to train on, from digits; 0.1 MB in memory"
     assert plan["model"].startswith(f"soft-vqvae, {weights:,} parameters: encoder ")
     assert plan["model"].endswith(", quantizer 24")
     assert plan["steps"].startswith("100 of 32, 2.5 epochs; validation every 5, ")
