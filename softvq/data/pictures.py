@@ -58,10 +58,10 @@ def read_header(file: Path | BinaryIO) -> Header:
     """
     with explained(), Image.open(file) as image:
         width, height = image.size
-        # The method of the format itself may decode all of the picture.
+        # Not the method of PNG, which decodes all of the picture.
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
         _check_depth(image.mode)
-        if orientation in LYING:
+        if orientation in LYING and image.format != "TIFF":  # that size is upright
             width, height = height, width
         return Header(height, width, image.mode in GREY_MODES)
 

@@ -1,8 +1,10 @@
 """Reading in other processes, in order."""
 
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
+from threading import Thread
 from typing import Any, TypeVar
 
 import torch
@@ -36,7 +38,7 @@ def in_workers(
         prefetch_factor=AHEAD if workers else None,
         pin_memory=pin,
         collate_fn=_as_it_is,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_obey_the_parent_alone,
         generator=torch.Generator(),  # the default one would be drawn from
     )
     for result in loader:
@@ -62,7 +64,15 @@ def _as_it_is(result: Any) -> Any:
     return result
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
+def _obey_the_parent_alone(worker: int) -> None:
     """Ctrl-C, and many a scheduler, signal all processes; the training one decides when to end."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_end_when_told_by, args=[os.getppid()], daemon=True).start()
+
+
+def _end_when_told_by(process: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
+        pass
+    os._exit(0)

@@ -2,18 +2,20 @@
 
 import itertools
 import multiprocessing
-import os
 import random
 import re
-import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from softvq.data import DataError, ImageSet, Reading, StreamedSet, load_data, streamed
 from softvq.data.bad import NAMED
 from softvq.data.workers import in_workers
+from tests.launch import environment
 from tests.pictures import BAD, pack, packed, paint, picture
 
 CPU = torch.device("cpu")
@@ -92,11 +94,20 @@ def test_a_signal_to_all_processes_is_for_the_first_one(zoo):
     found = numbers(next(source))
     processes = multiprocessing.active_children()
     assert len(processes) == 2
-    for process, number in itertools.product(processes, (signal.SIGINT, signal.SIGTERM)):
-        os.kill(process.pid, number)
+    for process, name in itertools.product(processes, ("INT", "TERM")):
+        subprocess.run(["kill", f"-{name}", str(process.pid)], check=True)  # not from the parent
     for batch in source:
         found += numbers(batch)
     assert found == numbers(whole(train))
+
+
+def test_a_program_may_end_before_its_data(zoo):
+    code = (
+        "import pathlib, torch; from softvq.data import Reading, load_data;"
+        f"data = load_data('folder', pathlib.Path({str(zoo)!r}), reading=Reading(-1, 2));"
+        "source = data.train.load(torch.arange(20).split(2), torch.device('cpu')); next(source)"
+    )
+    subprocess.run([sys.executable, "-c", code], env=environment(), timeout=60, check=True)
 
 
 def test_an_error_in_a_process_is_raised_as_it_is():
@@ -223,6 +234,20 @@ def test_nothing_but_bad_pictures(tmp_path, stream):
         path.write_bytes(BAD["torn"])
     with pytest.raises(DataError, match="neither this image nor any other of its split"):
         read_all(load(folder, stream=stream, skip=True, note=str))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+def test_pictures_are_turned_upright(tmp_path, suffix):
+    for number in range(20):
+        image = Image.new("RGB", (8, 16))
+        image.paste((255, 255, 255), (0, 8, 8, 16))  # Black above white.
+        exif = image.getexif()
+        exif[0x0112] = 6  # Orientation: to be shown turned a quarter clockwise.
+        image.save(tmp_path / f"{number}.{suffix}", exif=exif)
+    there, streaming = load(tmp_path, stream=False), load(tmp_path)
+    assert there.image_shape == streaming.image_shape == (3, 8, 16)
+    assert torch.equal(whole(streaming.train).images, there.train.images)
+    assert there.train.images[0, 0, 0, [0, -1]].tolist() == [255, 0]
 
 
 @pytest.mark.parametrize("skip", [False, True])
