@@ -42,7 +42,7 @@ class StreamedSet:
 
     pictures: of all splits. chosen: (N,) int64, which of them. labels: (N,) int64, −1 for an image
     without a class. image_shape: (C, H, W) of all. fitted: they have to be resized and cropped to
-    it. workers: processes that decode; 0: this one.
+    it. workers: processes that decode; 0: this one. bad: takes those that cannot be read.
     """
 
     pictures: Pictures
@@ -142,8 +142,10 @@ class StreamedSet:
                     self.bad.found(problems)
         if chunk.full and not used:
             raise self._none_left()
-        stacked = torch.stack(images) if images else torch.empty(0, *self.image_shape)
-        return Decoded(stacked, self.labels[used], problems, chunk.last)
+        pixels = torch.empty(len(images), *self.image_shape, dtype=torch.uint8)
+        for row, image in enumerate(images):
+            pixels[row] = image
+        return Decoded(pixels, self.labels[used], problems, chunk.last)
 
     def _name(self, position: int) -> str:
         return self.pictures.name(int(self.chosen[position]))
