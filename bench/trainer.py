@@ -83,7 +83,7 @@ def ours(config: TrainConfig, task: ImageTask) -> Steps:
     device = task.device
     optimizer = build_optimizer(config, task.model)
     engine = Engine(config, task, optimizer, device, print)
-    source = batches(task.examples, config.batch_size, config.seed, 0, device)
+    source = task.load(batches(task.examples, config.batch_size, config.seed, 0, device))
     task.start(next(source))
     taken = 0
 
@@ -106,7 +106,7 @@ def plain(config: TrainConfig, task: ImageTask) -> Steps:
     model.quantizer = EagerSoftVQ(DIM, CODES).to(device)
     model.quantizer.codebook = codebook
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
-    images = task.images.cpu().float() / 255
+    images = task.train.images.cpu().float() / 255
     loader = DataLoader(TensorDataset(images), batch_size=config.batch_size, shuffle=True,
                         drop_last=True)  # fmt: skip
     source = endless(loader)
@@ -198,7 +198,7 @@ def parts(config: TrainConfig, task: ImageTask, setting: Setting, step: float) -
     The rest is what `step`, the time of a whole one, has beyond them: the data, the losses, the
     optimizer, the steering. step: in seconds.
     """
-    images = task.images[: config.batch_size].float() / 255
+    images = task.train.images[: config.batch_size].float() / 255
     model = task.model.train()
     if task.device.type == "cuda":
         model.to(memory_format=torch.channels_last)

@@ -22,7 +22,8 @@ from softvq.training.run_folder import RunError, RunFolder
 from softvq.training.settings import ConfigError, describe_default, value_types
 from softvq.training.trainer import TrainingError, load_task, train
 
-CHANGEABLE = ("device", "on_nan")  # settings that a resumed run may have otherwise
+# settings that a resumed run may have otherwise
+CHANGEABLE = ("device", "on_nan", "stream", "workers", "on_bad_image")
 
 
 class Parser(argparse.ArgumentParser):
@@ -194,7 +195,7 @@ def resumed_config(run: RunFolder, given: dict[str, Any]) -> TrainConfig:
         if name not in CHANGEABLE and value != getattr(config, name):
             raise ConfigError(
                 f"{name}: {value} differs from the run's {getattr(config, name)}; a resumed run "
-                f"keeps its settings (only {' and '.join(CHANGEABLE)} may change)"
+                f"keeps its settings (only {', '.join(CHANGEABLE)} may change)"
             )
     changes = {name: given[name] for name in CHANGEABLE if name in given}
     return dataclasses.replace(config, **changes)

@@ -1,45 +1,69 @@
-"""A folder of pictures as a data set."""
+"""A folder of pictures, or of tar shards of them, as a data set."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from softvq.data.pictures import find_images, read_image, size_text
-from softvq.data.resize import fit
+from softvq.data.bad import BadPictures
+from softvq.data.index import Pictures, find_pictures
 from softvq.data.splits import split_off
-from softvq.data.types import DataError, ImageSet, Source
+from softvq.data.streamed import StreamedSet
+from softvq.data.types import DataError, Source
 
 TEST_FRACTION = 0.2
 TEST_SEED = 0
 
 
-def load_folder(root: Path, image_size: tuple[int, int] | None) -> Source:
-    """Read root/train, root/test and root/validation (or val) if there is a root/train, else root.
+@dataclass(frozen=True)
+class Reading:
+    """How pictures are read.
 
-    Without root/train a fixed 20 % of all images is the test split. The class of an image is the
-    first folder below the split's folder, classes in sorted order.
-    Raises DataError for a missing or empty folder and for an image that is unreadable or, without
-    `image_size`, of another size than the first.
+    stream_above: training images that take more bytes when decoded are not held in memory.
+    workers: processes that decode; 0: this one.
+    skip_bad: leave out pictures that cannot be read, and tell `note` in one line; else they are an
+    error.
+    """
+
+    stream_above: float = math.inf
+    workers: int = 0
+    skip_bad: bool = False
+    note: Callable[[str], None] = print
+
+
+def load_folder(root: Path, image_size: tuple[int, int] | None, reading: Reading) -> Source:
+    """What is in root/train, root/test and root/validation (or val), or without train in root.
+
+    Without root/train a fixed 20 % of all images is the test split. The class of a picture is the
+    first folder below the split's folder; that of KEY.jpg in a shard the text of KEY.cls, or else
+    the first folder of its name. Classes are sorted, numbers by their value.
+    The sets are `StreamedSet`s: headers have been read, and nothing is decoded yet.
+    Raises DataError for a missing or empty folder, a damaged shard, pictures that cannot be read
+    and, without `image_size`, one of another size than the first.
     """
     folders = _split_folders(root)
-    files = [find_images(folder) for folder in folders]
-    classes = [
-        _class_of(path, folder)
-        for folder, paths in zip(folders, files, strict=True)
-        for path in paths
-    ]
-    names = tuple(sorted({name for name in classes if name is not None}))
-    index = {None: -1} | {name: number for number, name in enumerate(names)}
-    labels = torch.tensor([index[name] for name in classes])
-    images = _read_all([path for paths in files for path in paths], image_size)
-
+    bad = BadPictures(reading.skip_bad, reading.note)
+    pictures, classes = find_pictures(folders, reading.workers, bad)
+    names, labels = _number(classes)
+    whole = StreamedSet(
+        pictures,
+        torch.arange(len(labels)),
+        labels,
+        _shape(pictures, image_size),
+        image_size is not None,
+        reading.workers,
+        bad,
+    )
     if len(folders) == 1:
-        train, test = split_off(ImageSet(images, labels), TEST_FRACTION, TEST_SEED, "test")
-        return Source(train, test, names)
-    sizes = [len(paths) for paths in files]
-    train, test, *validation = map(ImageSet, images.split(sizes), labels.split(sizes))
+        return Source(*split_off(whole, TEST_FRACTION, TEST_SEED, "test"), names)
+    parts = torch.from_numpy(pictures.rows["folder"].copy())
+    train, test, *validation = (
+        whole.select((parts == part).nonzero().flatten()) for part in range(len(folders))
+    )
     return Source(train, test, names, *validation)
 
 
@@ -57,23 +81,27 @@ def _split_folders(root: Path) -> list[Path]:
     return [train, test, *validation[:1]]
 
 
-def _class_of(path: Path, folder: Path) -> str | None:
-    below = path.relative_to(folder).parts
-    return below[0] if len(below) > 1 else None
+def _number(classes: Sequence[str | None]) -> tuple[tuple[str, ...], Tensor]:
+    """The names of the classes in order, and the number (N,) of each picture's, −1 for none."""
+    found = {name for name in classes if name is not None}
+    names = sorted(found, key=lambda name: (int(name) if name.isdecimal() else math.inf, name))
+    index = {None: -1} | {name: number for number, name in enumerate(names)}
+    return tuple(names), torch.tensor([index[name] for name in classes])
 
 
-def _read_all(paths: Sequence[Path], image_size: tuple[int, int] | None) -> Tensor:
-    """All pictures as (N, C, H, W) uint8, with C = 3 as soon as one of them has colour."""
-    images: list[Tensor] = []
-    for path in paths:
-        image = read_image(path)
-        if image_size is not None:
-            image = fit(image[None], image_size)[0]
-        elif images and image.shape[1:] != images[0].shape[1:]:
-            raise DataError(
-                f"{path}: {size_text(image)} pixels, but {paths[0]} has {size_text(images[0])} "
-                "(height x width); give one size for all with --image-size"
-            )
-        images.append(image)
-    channels = max(len(image) for image in images)
-    return torch.stack([image.expand(channels, -1, -1) for image in images])
+def _shape(pictures: Pictures, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
+    """(C, H, W) of all images, C = 3 as soon as one of them has colour. Raises DataError."""
+    rows = pictures.rows
+    channels = 1 if rows["grey"].all() else 3
+    if image_size is not None:
+        return channels, *image_size
+    height, width = (int(rows[side][0]) for side in ("height", "width"))
+    others = np.flatnonzero((rows["height"] != height) | (rows["width"] != width))
+    if len(others):
+        other = int(others[0])
+        raise DataError(
+            f"{pictures.name(other)}: {rows['height'][other]}x{rows['width'][other]} pixels, but "
+            f"{pictures.name(0)} has {height}x{width} (height x width); give one size for all with "
+            "--image-size"
+        )
+    return channels, height, width

@@ -1,11 +1,13 @@
 """Picture files: finding and decoding them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from softvq.data.types import DataError
@@ -14,44 +16,66 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 GREY_MODES = ("1", "L", "LA")
 # Pillow would clip these to 0..255 instead of scaling them.
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+LYING = (5, 6, 7, 8)  # EXIF orientations that change height for width
 
 
-def find_images(folder: Path) -> list[Path]:
-    """All picture files under `folder`, at any depth, sorted.
+class UnreadableError(Exception):
+    """A picture that cannot be used; its text says why, not which."""
+
+
+class Header(NamedTuple):
+    """What a picture says of itself before its pixels."""
+
+    height: int  # upright
+    width: int
+    grey: bool
+
+
+def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
+    """All files under `folder` with these suffixes, those of pictures, at any depth, sorted.
 
     Hidden files and folders (macOS leaves "._name.jpg" behind) are skipped, and links to folders
-    are not followed. Raises DataError when there is no such folder or no picture in it.
+    are not followed. Raises DataError when there is no such folder or no such file in it.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give --data-dir a folder of images")
     paths = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
+        if path.suffix.lower() in suffixes
         and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     if not paths:
-        raise DataError(f"{folder}: no images there; add files ending in {' '.join(SUFFIXES)}")
+        raise DataError(f"{folder}: no images there; add files ending in {' '.join(suffixes)}")
     return paths
 
 
-def read_image(path: Path, channels: int | None = None) -> Tensor:
+def read_header(file: Path | BinaryIO) -> Header:
+    """Size and colour of a picture, without decoding it. Raises UnreadableError.
+
+    The size of a PNG whose orientation stands behind its pixels is that before it is turned.
+    """
+    with explained(), Image.open(file) as image:
+        width, height = image.size
+        # Not the method of PNG, which decodes all of the picture.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+        _check_depth(image.mode)
+        if orientation in LYING and image.format != "TIFF":  # that size is upright
+            width, height = height, width
+        return Header(height, width, image.mode in GREY_MODES)
+
+
+def read_image(file: Path | BinaryIO, channels: int | None = None) -> Tensor:
     """Decode one picture, upright, without its transparency: (C, H, W) uint8.
 
     C is `channels` (1 or 3) when given, else 1 for a grey picture and 3 for any other.
-    Raises DataError when the file cannot be read or has more than 8 bits per grey value.
+    Raises UnreadableError when it cannot be read or has more than 8 bits per grey value.
     """
-    try:
-        with Image.open(path) as image:
-            grey = image.mode in GREY_MODES if channels is None else channels == 1
-            deep = image.mode in DEEP_MODES
-            pixels = np.array(ImageOps.exif_transpose(image).convert("L" if grey else "RGB"))
-    # On a broken file Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error.
-    except Exception as error:
-        raise DataError(f"{path}: cannot read this image ({error}); repair or remove it") from error
-    if deep:
-        raise DataError(f"{path}: more than 8 bits per pixel value; save it as an 8-bit image")
+    with explained(), Image.open(file) as image:
+        grey = image.mode in GREY_MODES if channels is None else channels == 1
+        _check_depth(image.mode)
+        pixels = np.array(ImageOps.exif_transpose(image).convert("L" if grey else "RGB"))
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
 
 
@@ -64,7 +88,10 @@ def load_images(paths: Sequence[Path], shape: tuple[int, int, int]) -> Tensor:
     channels, height, width = shape
     images = torch.empty(len(paths), *shape, dtype=torch.uint8)
     for index, path in enumerate(paths):
-        image = read_image(path, channels)
+        try:
+            image = read_image(path, channels)
+        except UnreadableError as error:
+            raise DataError(f"{path}: {error}; repair or remove it") from error
         if image.shape != shape:
             raise DataError(
                 f"{path}: {size_text(image)} pixels, expected {height}x{width} (height x width); "
@@ -77,3 +104,22 @@ def load_images(paths: Sequence[Path], shape: tuple[int, int, int]) -> Tensor:
 def size_text(image: Tensor) -> str:
     """Height and width of a (C, H, W) image as "HxW"."""
     return f"{image.shape[1]}x{image.shape[2]}"
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn whatever goes wrong with a picture into an UnreadableError."""
+    try:
+        yield
+    except UnreadableError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UnreadableError("cannot read this image (it is none)") from error
+    # On a broken file Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error.
+    except Exception as error:
+        raise UnreadableError(f"cannot read this image ({error})") from error
+
+
+def _check_depth(mode: str) -> None:
+    if mode in DEEP_MODES:
+        raise UnreadableError("more than 8 bits per pixel value")

@@ -2,10 +2,10 @@
 
 import torch
 
-from softvq.data.types import DataError, ImageSet
+from softvq.data.types import DataError, Images
 
 
-def split_off(data: ImageSet, fraction: float, seed: int, part: str) -> tuple[ImageSet, ImageSet]:
+def split_off(data: Images, fraction: float, seed: int, part: str) -> tuple[Images, Images]:
     """Divide `data` into (rest, part), `part` being a random `fraction` of it.
 
     The same seed gives the same division; both results keep the order of `data`.

@@ -9,7 +9,7 @@ from softvq.models import CodeLevel, level_suffix
 from softvq.training.checkpoint import Progress
 from softvq.training.config import TrainConfig
 from softvq.training.guards import TrainingError
-from softvq.training.progress import warn
+from softvq.training.warn import warn
 
 COLLAPSED = 0.05  # of the codes: a perplexity under it is a collapse
 ONE_CODE = 1.01  # and so is this one, however few codes there are
@@ -53,6 +53,11 @@ def memory_advice(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        if str(error).startswith("DataLoader worker"):
+            raise TrainingError(
+                "a process that decodes pictures was lost, perhaps for want of memory or of room "
+                f"in /dev/shm ({error}); the last checkpoint is good: lower --workers"
+            ) from error
         if not _is_out_of_memory(error):
             raise
         size = "hidden" if config.architecture == "dense" else "width"

@@ -1,11 +1,13 @@
 """From a configuration to a model and its data."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
-from softvq.data import DataSplits, load_data
+from softvq.data import DataSplits, Reading, load_data
 from softvq.models import (
     VQVAE,
     VQVAE2,
@@ -19,18 +21,33 @@ from softvq.models import (
 )
 from softvq.models.networks import halved
 from softvq.quantizers import EMAVQ, VQ, GumbelVQ, Quantizer, SoftVQ
-from softvq.training.config import CONTINUOUS, PRIOR, TrainConfig, size_pair
+from softvq.training import machine
+from softvq.training.config import (
+    CONTINUOUS,
+    MOST_WORKERS,
+    PRIOR,
+    STREAM_ABOVE,
+    TrainConfig,
+    size_pair,
+)
 from softvq.training.settings import ConfigError
+from softvq.training.warn import warn
 
 
 def build_data(config: TrainConfig) -> DataSplits:
     """The splits of images the configuration names. Raises DataError."""
+    cuda = config.device != "cpu" and torch.cuda.is_available()
+    memory = machine.memory(torch.device("cuda" if cuda else "cpu"))
+    limits = {"on": -1, "auto": STREAM_ABOVE * memory, "off": math.inf}
+    workers = min(MOST_WORKERS, machine.cores()) if config.workers is None else config.workers
+    skip = config.on_bad_image == "skip"
     return load_data(
         config.data,
         config.data_dir,
         seed=config.seed,
         validation_fraction=config.validation_fraction,
         image_size=config.image_size_pair,
+        reading=Reading(limits[config.stream], workers, skip, warn),
     )
 
 

@@ -35,8 +35,8 @@ class CodeSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, chosen: Tensor | slice) -> tuple[dict[str, Tensor], Tensor]:
-        """Codes (B, h, w) int64 by level and labels (B,) of some of the images."""
+    def batch(self, chosen: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Codes (B, h, w) int64 by level and labels (B,) of the images at `chosen`, (B,)."""
         return {name: grid[chosen].long() for name, grid in self.codes.items()}, self.labels[chosen]
 
     def to(self, device: torch.device) -> "CodeSet":
@@ -68,11 +68,13 @@ def encode_splits(model: ImageModel, data: DataSplits, device: torch.device) -> 
     """The nearest codes of every image."""
     sets = []
     for split in data[:3]:
-        batches = [
-            model.encode_indices(to_pixels(batch, device)) for batch in split.images.split(BATCH)
-        ]
-        codes = {name: torch.cat([b[name].int().cpu() for b in batches]) for name in model.levels}
-        sets.append(CodeSet(codes, split.labels))
+        batches = []
+        for images, labels in split.load(torch.arange(len(split)).split(BATCH), device):
+            codes = model.encode_indices(to_pixels(images, device))
+            codes = {name: grid.int().cpu() for name, grid in codes.items()}
+            batches.append((codes, labels.cpu()))
+        codes = {name: torch.cat([b[name] for b, _ in batches]) for name in model.levels}
+        sets.append(CodeSet(codes, torch.cat([labels for _, labels in batches])))
     return CodeSplits(*sets, model.levels, data.class_names)
 
 

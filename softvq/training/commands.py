@@ -10,6 +10,7 @@ from PIL import Image
 
 from softvq.data import DataError, find_images, load_images
 from softvq.models import Autoencoder, CodePrior
+from softvq.training.allowed import OF_FOLDERS
 from softvq.training.build import build_data
 from softvq.training.codes import (
     check_prior,
@@ -66,7 +67,7 @@ def encode(run: RunFolder, data: str | None, data_dir: Path | None, out: Path) -
     device = torch_device()
     model = load_tokenizer(run, device)
     config = run.read_config()
-    changes = {} if data is None else {"data": data, "data_dir": None}
+    changes = {} if data is None else {"data": data, "data_dir": None, **dict.fromkeys(OF_FOLDERS)}
     changes |= {} if data_dir is None else {"data_dir": data_dir}
     splits = build_data(dataclasses.replace(config, **changes))
     if splits.image_shape != model.image_shape:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,9 +15,10 @@ from softvq.models.networks import Architecture
 from softvq.models.soft_vqvae import Codes, DecoderInput
 from softvq.quantizers.soft import CodebookLoss
 from softvq.schedules import Schedule
+from softvq.training.allowed import check_combinations, check_values
+from softvq.training.families import CONTINUOUS, EMA, GUMBEL, IMAGES, PRIOR, QUANTISED, SOFT, Model
 from softvq.training.settings import (
     ConfigError,
-    check,
     check_type,
     each,
     fill_defaults,
@@ -28,24 +28,9 @@ from softvq.training.settings import (
 )
 
 EPOCHS, MIN_STEPS = 15, 1500  # of a run that is not told how long to be
+STREAM_ABOVE = 0.25  # of the memory of the device, or the machine: larger training sets
+MOST_WORKERS = 8  # of a run that is not told how many
 PIXEL_DEVIATION = 0.2  # of p(x|z) in a VAE that is not told its reconstruction weight
-
-Model = Literal[
-    "soft-vqvae",
-    "vqvae",
-    "vqvae-ema",
-    "vqvae-gumbel",
-    "vqvae2",
-    "ae",
-    "vae",
-    "cvae",
-    "pixelcnn",
-]
-SOFT, GUMBEL, EMA = ("soft-vqvae",), ("vqvae-gumbel",), ("vqvae-ema", "vqvae2")
-QUANTISED = (*SOFT, "vqvae", "vqvae-ema", *GUMBEL, "vqvae2")
-CONTINUOUS = ("ae", "vae", "cvae")
-IMAGES = (*QUANTISED, *CONTINUOUS)
-PRIOR = ("pixelcnn",)
 
 
 @dataclass(frozen=True)
@@ -92,6 +77,23 @@ class TrainConfig:
     )
     validation_fraction: float | None = setting(
         each(IMAGES, 0.1), "data", "share of the training images held out"
+    )
+    stream: Literal["auto", "on", "off"] | None = setting(
+        each(IMAGES, "auto"),
+        "data",
+        "decode the pictures of a folder when they are needed, again and again, not all of them "
+        f"into memory; auto: above {STREAM_ABOVE:.0%} of the memory",
+    )
+    workers: int | None = setting(
+        each(IMAGES, None),
+        "data",
+        "processes that decode the pictures of a folder; 0: the training one; default: the cores "
+        f"there are, up to {MOST_WORKERS}",
+    )
+    on_bad_image: Literal["stop", "skip"] | None = setting(
+        each(IMAGES, "stop"),
+        "data",
+        "what to do at a picture of a folder that cannot be read: end, or leave it out",
     )
     tokenizer: Path | None = setting(
         each(PRIOR, None), "data", "run folder of the model whose codes to learn"
@@ -216,58 +218,8 @@ class TrainConfig:
             if value is not None:
                 check_type(name, value, kind)
         fill_defaults(self)
-        counts = "latent_dim codebook_size width layers steps evaluate_every checkpoint_every"
-        check(self, counts, lambda v: v >= 1, "at least 1")
-        check(self, "batch_size", lambda v: v >= 2, "at least 2, for the batch norms")
-        check(self, "seed", lambda v: 0 <= v < 2**32, "from 0 to 2^32 − 1")
-        check(self, "residual_blocks", lambda v: v >= 0, "at least 0")
-        positive = "reconstruction_weight lr codebook_lr_factor"
-        check(self, positive, lambda v: 0 < v < math.inf, "a number above 0")
-        from_zero = (
-            "quantizing_weight kl_weight reconstruction_quantizing_weight commitment_weight "
-            "entropy_weight weight_decay dead_code_threshold clip_gradient"
-        )
-        check(self, from_zero, lambda v: 0 <= v < math.inf, "a number from 0 up")
-        check(self, "validation_fraction", lambda v: 0 < v < 1, "between 0 and 1")
-        check(self, "decay dropout", lambda v: 0 <= v < 1, "a number in [0, 1)")
-        check(self, "temperature_ratio", _is_ratio, "auto or a number in (0, 1]")
-        check(self, "temperature", _is_temperature, "auto or a number above 0")
-        check(self, "latent_grid image_size", _is_size, "a size such as 7 or 7x5")
-        check(self, "hidden", re.compile(r"[1-9]\d*(,[1-9]\d*)*").fullmatch, "such as 256,64")
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
-        if self.model in PRIOR and self.tokenizer is None:
-            raise ConfigError(
-                "tokenizer: a pixelcnn learns the codes of a trained model; give its run folder"
-            )
-        if self.model in CONTINUOUS and self.model != "ae" and self.kl_weight == 0:
-            raise ConfigError(f"kl_weight: 0 makes the {self.model} an autoencoder; use model ae")
-        if self.model in GUMBEL and self.temperature_schedule == "learned":
-            raise ConfigError(
-                f"temperature_schedule: learned does not apply to model {self.model}, whose loss "
-                "would only fall as T does"
-            )
-        if self.temperature_schedule == "constant" and self.temperature == "auto":
-            raise ConfigError(
-                "temperature: auto starts just under the critical temperature and has to fall; "
-                "give a number for temperature_schedule = constant"
-            )
-        if self.temperature_schedule == "learned" and self.codebook_loss != "likelihood":
-            raise ConfigError(
-                f"temperature_schedule: learned needs codebook_loss = likelihood, whose log T term "
-                f"keeps T finite; under {self.codebook_loss} it would grow without end"
-            )
-        if self.model in GUMBEL and "auto" in (self.temperature, self.temperature_ratio):
-            raise ConfigError(
-                f"temperature: auto does not apply to model {self.model}; give numbers for "
-                "temperature and temperature_ratio"
-            )
-        if self.decoder_input == "quantized" and self.codebook_loss == "detached_quantizing_error":
-            raise ConfigError(
-                "codebook_loss: detached_quantizing_error stops the gradient to the encoder, so it "
-                "cannot go with decoder_input = quantized"
-            )
+        check_values(self)
+        check_combinations(self)
 
     @property
     def image_size_pair(self) -> tuple[int, int] | None:
@@ -340,18 +292,3 @@ def size_pair(text: str) -> tuple[int, int]:
     """ "7" → (7, 7), "7x5" → (7, 5)."""
     height, _, width = text.partition("x")
     return int(height), int(width or height)
-
-
-def _is_size(text: str) -> bool:
-    return re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", text) is not None
-
-
-def _is_temperature(text: str) -> bool:
-    try:
-        return text == "auto" or 0 < float(text) < math.inf
-    except ValueError:
-        return False
-
-
-def _is_ratio(text: str) -> bool:
-    return _is_temperature(text) and (text == "auto" or float(text) <= 1)

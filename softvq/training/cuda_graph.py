@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from softvq.models import TrainingStep
+from softvq.training.task import Batch
 
 WARM_STEPS = 11  # before recording: what is compiled, tuned or placed at first must have been
 
-Compute = Callable[[Tensor, Tensor], TrainingStep]
+Compute = Callable[[Batch, Tensor], TrainingStep]
 Recorder = Callable[[Callable[[], TrainingStep]], Callable[[], TrainingStep]]
 
 
 class Replayed:
-    """A step (batch (B,), progress ()) → TrainingStep whose inputs always lie in the same memory.
+    """A step (batch, progress ()) → TrainingStep whose inputs always lie in the same memory.
 
     The first steps run as they are, and count like all others; then one is recorded. Where that
     fails, one line says so, and they go on running as they are.
@@ -22,14 +23,16 @@ class Replayed:
 
     def __init__(self, compute: Compute, say: Callable[[str], None], recorder: Recorder):
         self.compute, self.say, self.recorder = compute, say, recorder
-        self.inputs: tuple[Tensor, Tensor] | None = None
+        self.inputs: tuple[Batch, Tensor] | None = None
         self.run = self._warm_up
         self.warm = 0
 
-    def __call__(self, batch: Tensor, progress: float) -> TrainingStep:
+    def __call__(self, batch: Batch, progress: float) -> TrainingStep:
         if self.inputs is None:
-            self.inputs = (torch.empty_like(batch), torch.empty((), device=batch.device))
-        self.inputs[0].copy_(batch, non_blocking=True)
+            still = torch.empty((), device=batch[0].device)
+            self.inputs = (tuple(map(torch.empty_like, batch)), still)
+        for place, tensor in zip(self.inputs[0], batch, strict=True):
+            place.copy_(tensor, non_blocking=True)
         self.inputs[1].fill_(progress)
         return self.run()
 
@@ -41,7 +44,7 @@ class Replayed:
             self.run = self._recorded()
             return self.run()
         self.warm += 1
-        if not self.inputs[0].is_cuda:
+        if not self.inputs[1].is_cuda:
             return self._as_it_is()
         # Aside, as a recording is: autograd remembers the stream that it first met.
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()

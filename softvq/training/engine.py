@@ -16,7 +16,7 @@ from softvq.training import ranks
 from softvq.training.config import TrainConfig
 from softvq.training.cuda_graph import Recorder, Replayed, record
 from softvq.training.guards import Guard
-from softvq.training.task import Task
+from softvq.training.task import Batch, Task
 
 COMPILE_FROM = 20_000  # steps: a shorter run is over before it has won back the compilation
 
@@ -52,11 +52,11 @@ class Engine:
             if ranks.count() == 1:
                 recorder = recorder or record
         self.replayed = None if recorder is None else Replayed(self._compute, say, recorder)
-        self.compiled: Callable[[Tensor], TrainingStep] | None = None
+        self.compiled: Callable[[Batch], TrainingStep] | None = None
         self.taken = 0
 
-    def step(self, batch: Tensor, number: int) -> TrainingStep:
-        """Step number `number`, from 1, on the training examples `batch` (B,) of the device.
+    def step(self, batch: Batch, number: int) -> TrainingStep:
+        """Step number `number`, from 1, on training examples that are on the device.
 
         The tensors it returns may be overwritten by the next step. On a GPU the learning rates of
         the optimizer are 0-d tensors, after the first step.
@@ -76,7 +76,7 @@ class Engine:
         self.guard.restore()
         return seen
 
-    def _compute(self, batch: Tensor, progress: float | Tensor) -> TrainingStep:
+    def _compute(self, batch: Batch, progress: float | Tensor) -> TrainingStep:
         """All that the device does in every step."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             seen = ranks.averaged((self.compiled or self.task.step)(batch))
@@ -107,7 +107,7 @@ class Engine:
             self.task.step, fullgraph=True, dynamic=False, backend=self.backend
         )
 
-        def forward(batch: Tensor) -> TrainingStep:
+        def forward(batch: Batch) -> TrainingStep:
             try:
                 return compiled(batch)
             except TorchDynamoException as error:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from softvq import losses, metrics
-from softvq.data import ImageSet
+from softvq.data import Batch, Images
 from softvq.distributed.collectives import sum_over_replicas
 from softvq.models import ImageModel, level_suffix
 from softvq.training.ranks import from_all, share_of
@@ -29,7 +29,12 @@ def to_pixels(images: Tensor, device: torch.device) -> Tensor:
     return images.to(device, non_blocking=True).float().div_(255)
 
 
-def evaluate(model: ImageModel, data: ImageSet, device: torch.device) -> SplitMetrics:
+def first_images(data: Images, count: int, device: torch.device) -> Batch:
+    """The first `count` images of a set on the device, or all that there are."""
+    return next(data.load([torch.arange(min(count, len(data)))], device))
+
+
+def evaluate(model: ImageModel, data: Images, device: torch.device) -> SplitMetrics:
     """Every metric over the whole split, the same bits however many ranks share it.
 
     The model keeps the mode it was in.
@@ -40,11 +45,11 @@ def evaluate(model: ImageModel, data: ImageSet, device: torch.device) -> SplitMe
         level: torch.zeros(quantizer.codebook_size, dtype=torch.int64, device=device)
         for level, quantizer in model.quantizers.items()
     }
-    batches = list(zip(data.images.split(BATCH), data.labels.split(BATCH), strict=True))
+    batches = torch.arange(len(data)).split(BATCH)
     results = []
-    for batch, labels in share_of(batches):
-        images = to_pixels(batch, device)
-        seen = model.evaluate(images, labels.to(device))
+    for batch in data.load(share_of(batches), device):
+        images = to_pixels(batch.images, device)
+        seen = model.evaluate(images, batch.labels)
         for level, indices in seen.indices.items():
             counts[level] += torch.bincount(indices.flatten(), minlength=len(counts[level]))
         values = seen.values | {
@@ -58,7 +63,7 @@ def evaluate(model: ImageModel, data: ImageSet, device: torch.device) -> SplitMe
     model.train(was_training)
 
     means = metrics.Mean()
-    for values, (batch, _) in zip(from_all(results), batches, strict=True):
+    for values, batch in zip(from_all(results), batches, strict=True):
         means.add(values, len(batch))
     values = means.read()
     values["psnr"] = metrics.psnr(values["reconstruction_error"])

@@ -8,7 +8,7 @@ from softvq.distributed.collectives import sum_over_replicas
 from softvq.metrics import Mean
 from softvq.models import TrainingStep
 from softvq.training.config import TrainConfig
-from softvq.training.progress import warn
+from softvq.training.warn import warn
 
 
 class TrainingError(Exception):

@@ -1,13 +1,15 @@
 """Training a model of images."""
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
-from softvq.data import DataError, DataSplits, ImageSet
+from softvq.data import Batch, DataError, DataSplits, Images
 from softvq.models import ImageModel, TrainingStep, level_suffix
 from softvq.training.build import build_image_model
 from softvq.training.config import TrainConfig
-from softvq.training.evaluation import evaluate, to_pixels
+from softvq.training.evaluation import evaluate, first_images, to_pixels
 from softvq.training.pictures import save_codebook_usage, save_rows
 from softvq.training.run_folder import RunFolder
 from softvq.training.showing import PER_ROW, Rows, reconstruction_rows, sample_rows
@@ -15,7 +17,7 @@ from softvq.training.steering import build_steering
 
 
 class ImageTask:
-    """Images to reconstruct; the splits live in memory, the training images on the device."""
+    """Images to reconstruct; training images that are in memory live on the device."""
 
     def __init__(self, config: TrainConfig, data: DataSplits, device: torch.device):
         if config.model == "cvae" and any((split.labels < 0).any() for split in data[:3]):
@@ -24,23 +26,29 @@ class ImageTask:
         self.shape = {"image_shape": data.image_shape, "classes": len(data.class_names)}
         self.model: ImageModel = build_image_model(config, self.shape).to(device)
         self.steering = build_steering(config, self.model).to(device)
-        self.images = data.train.images.to(device)
-        self.labels = data.train.labels.to(device)
-        self.examples = len(self.images)
-        self.data_bytes = self.images.nbytes + self.labels.nbytes
+        self.train = data.train.to(device)
+        self.examples, self.data_bytes = len(self.train), self.train.nbytes
+        self.decoded_bytes, self.streamed = self.train.decoded_bytes, self.train.streamed
+        self.indexed_on = self.train.labels.device
         coded = bool(self.model.quantizers)
         self.judged_by = "reconstruction_hard_error" if coded else "reconstruction_error"
 
-    def start(self, batch: Tensor) -> None:
+    def load(self, batches: Iterable[Tensor]) -> Iterator[Batch]:
+        """The training images of each batch of indices, (B,) int64."""
+        return self.train.load(batches, self.device)
+
+    def start(self, batch: Batch) -> None:
         """Let the first batch say where codes and temperature begin."""
-        self.steering.start(self.model, self._pixels(batch))
+        images, _ = batch
+        self.steering.start(self.model, self._pixels(images))
 
-    def step(self, batch: Tensor) -> TrainingStep:
-        """The losses of a batch, indices (B,) of training images."""
-        return self.model(self._pixels(batch), self.labels[batch])
+    def step(self, batch: Batch) -> TrainingStep:
+        """The losses of a batch."""
+        images, labels = batch
+        return self.model(self._pixels(images), labels)
 
-    def _pixels(self, batch: Tensor) -> Tensor:
-        return to_pixels(self.images[batch], self.device)
+    def _pixels(self, images: Tensor) -> Tensor:
+        return to_pixels(images, self.device)
 
     def evaluate(self, split: str) -> dict[str, float]:
         """Every metric of the model over a whole split."""
@@ -54,10 +62,9 @@ class ImageTask:
         self.model.train(was_training)
         return rows
 
-    def _reconstructed(self, model: ImageModel, data: ImageSet) -> Rows:
-        first = data.select(torch.arange(min(PER_ROW, len(data))))
-        images = to_pixels(first.images, self.device)
-        return reconstruction_rows(model, images, first.labels.to(self.device))
+    def _reconstructed(self, model: ImageModel, data: Images) -> Rows:
+        images, labels = first_images(data, PER_ROW, self.device)
+        return reconstruction_rows(model, self._pixels(images), labels)
 
     def finish(self, model: ImageModel, run: RunFolder) -> dict[str, float]:
         """Metrics of the best model over the test split; its pictures go to the run folder."""

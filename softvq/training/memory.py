@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from softvq.training.task import Task
+from softvq.training.task import Batch, Task
 
 
 def peak_memory(device: torch.device) -> int:
@@ -23,8 +23,8 @@ def bytes_of(tensors: list[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def activation_bytes(task: Task, batch: Tensor, dtype: torch.dtype) -> int:
-    """What one forward pass of a batch, indices (B,) on the CPU, keeps for the backward pass.
+def activation_bytes(task: Task, batch: Batch, dtype: torch.dtype) -> int:
+    """What one forward pass of a batch, on the CPU, keeps for the backward pass.
 
     dtype: in which the networks multiply. Storages count once; weights and buffers do not.
     """

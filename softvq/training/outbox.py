@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 from softvq.training.checkpoint import Progress, Stateful, save_checkpoint
 from softvq.training.files import write_bytes
-from softvq.training.progress import warn
 from softvq.training.run_folder import RunError, RunFolder
+from softvq.training.warn import warn
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 

@@ -21,7 +21,8 @@ def plan(config: TrainConfig, task: Task) -> str:
     epochs = config.steps * config.batch_size / task.examples
     what = "codes of images" if config.model in PRIOR else "images"
     lines = {
-        "data": f"{task.examples:,} {what} to train on, from {config.data or config.tokenizer}",
+        "data": f"{task.examples:,} {what} to train on, from {config.data or config.tokenizer}; "
+        f"{megabytes(task.decoded_bytes)} {'streamed' if task.streamed else 'in memory'}",
         "model": f"{config.model}, {parameters(task)}",
         "steps": f"{config.steps:,} of {config.batch_size:,}, {epochs:.1f} epochs; validation "
         f"every {config.evaluate_every:,}, checkpoint every {config.checkpoint_every:,}",
@@ -47,9 +48,8 @@ def memory(config: TrainConfig, task: Task, dtype: torch.dtype) -> str:
     """What a step holds at once, in parts and as a sum."""
     weights = bytes_of(list(task.model.parameters()))
     task.model.train()
-    few, more = (
-        activation_bytes(task, torch.arange(size) % task.examples, dtype) for size in PROBES
-    )
+    probes = task.load([torch.arange(size) % task.examples for size in PROBES])
+    few, more = (activation_bytes(task, batch, dtype) for batch in probes)
     of_one = (more - few) / (PROBES[1] - PROBES[0])
     activations = more + of_one * (config.batch_size - PROBES[1])
     held = {

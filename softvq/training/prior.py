@@ -1,7 +1,7 @@
 """Training a prior over the codes of a trained model."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from softvq.training.ranks import from_all, share_of
 from softvq.training.run_folder import RunFolder
 from softvq.training.showing import PER_ROW, ROWS, Rows, even_labels, sampled_rows
 from softvq.training.steering import Steering
+from softvq.training.task import Batch
 
 
 class PriorTask:
@@ -57,13 +58,23 @@ class PriorTask:
         self.train = self.data.train.to(device)
         self.examples = len(self.train)
         self.data_bytes = bytes_of([*self.train.codes.values(), self.train.labels])
+        self.decoded_bytes, self.streamed = self.data_bytes, False
+        self.indexed_on = self.train.labels.device
 
-    def start(self, batch: Tensor) -> None:
+    def load(self, batches: Iterable[Tensor]) -> Iterator[Batch]:
+        """Codes (B, h, w) int64 of each level, then labels (B,), of each batch of indices, (B,)."""
+        for chosen in batches:
+            codes, labels = self.train.batch(chosen)
+            yield *codes.values(), labels
+
+    def start(self, batch: Batch) -> None:
         """Nothing to measure before the first step."""
 
-    def step(self, batch: Tensor) -> TrainingStep:
-        """The losses of a batch, indices (B,) of training images."""
-        return TrainingStep(self.model(*self.train.batch(batch)), {}, {})
+    def step(self, batch: Batch) -> TrainingStep:
+        """The losses of a batch."""
+        *codes, labels = batch
+        named = dict(zip(self.train.codes, codes, strict=True))
+        return TrainingStep(self.model(named, labels), {}, {})
 
     def evaluate(self, split: str) -> dict[str, float]:
         """Bits per latent over a whole split."""
@@ -141,7 +152,7 @@ def prior_metrics(
         values[f"order0_bits_per_latent{level_suffix(name)}"] = order0
         values[f"uniform_bits_per_latent{level_suffix(name)}"] = math.log2(size)
 
-    pixels = images.train.images[0].numel()
+    pixels = math.prod(images.image_shape)
     scales = fit_scales(_decoded(tokenizer, images, data, "validation", device))
     nats = torch.cat(
         [
@@ -161,8 +172,9 @@ def _decoded(
     tokenizer: ImageModel, images: DataSplits, data: CodeSplits, split: str, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(decoded codes (B, C, H, W), images (B, C, H, W) uint8) of a split, batch by batch."""
-    codes, pictures = getattr(data, split), getattr(images, split).images
-    for start in range(0, len(codes), BATCH):
-        chosen = slice(start, start + BATCH)
+    codes: CodeSet = getattr(data, split)
+    batches = torch.arange(len(codes)).split(BATCH)
+    pictures = getattr(images, split).load(batches, device)
+    for chosen, (batch, _) in zip(batches, pictures, strict=True):
         grids = {name: grid.to(device) for name, grid in codes.batch(chosen)[0].items()}
-        yield tokenizer.decode_indices(grids), pictures[chosen].to(device)
+        yield tokenizer.decode_indices(grids), batch

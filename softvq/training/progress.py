@@ -1,6 +1,5 @@
 """What a person sees while a run trains: a live bar on a terminal, plain lines elsewhere."""
 
-import sys
 import time
 from pathlib import Path
 
@@ -21,11 +20,6 @@ from softvq.training.checkpoint import Progress
 from softvq.training.config import TrainConfig
 
 REFRESH_SECONDS = 0.5  # between two readings of the losses: each one waits for the device
-
-
-def warn(text: str) -> None:
-    """Print a line that also those want to see who asked for quiet."""
-    print(f"warning: {text}", file=sys.stderr)
 
 
 class Display:

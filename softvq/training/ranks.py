@@ -5,7 +5,7 @@ the first rank.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from hashlib import blake2b
@@ -114,7 +114,7 @@ def part_of(batch: Tensor) -> Tensor:
     return batch.chunk(count())[rank()]
 
 
-def share_of(items: list[Item]) -> list[Item]:
+def share_of(items: Sequence[Item]) -> Sequence[Item]:
     """The items that are this rank's to look at: one of each turn."""
     return items[rank() :: count()]
 

@@ -13,8 +13,8 @@ from softvq.training.checkpoint import (
     sha256,
 )
 from softvq.training.files import write_bytes
-from softvq.training.progress import warn
 from softvq.training.run_folder import RunError, RunFolder, model_bytes, read_metrics
+from softvq.training.warn import warn
 
 
 def resume_run(run: RunFolder, parts: dict[str, Stateful], shape: dict[str, Any]) -> Progress:

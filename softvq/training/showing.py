@@ -7,7 +7,7 @@ from torch import Tensor
 
 from softvq.data import DataSplits
 from softvq.models import Autoencoder, ImageModel
-from softvq.training.evaluation import BATCH, to_pixels
+from softvq.training.evaluation import BATCH, first_images, to_pixels
 
 PER_ROW = 12
 ROWS = 4  # of samples, where no classes part them
@@ -43,7 +43,7 @@ def sample_rows(model: ImageModel, data: DataSplits, device: torch.device) -> Ro
     if isinstance(model, Autoencoder):
         labels = even_labels(PER_ROW * model.classes or ROWS * PER_ROW, model.classes, device)
         return sampled_rows(model.sample, labels, data.class_names)
-    images = to_pixels(data.validation.images[:BATCH], device)
+    images = to_pixels(first_images(data.validation, BATCH, device).images, device)
     codes = {}
     for level, indices in model.encode_indices(images).items():
         # Which image's code each place gets: (n, h, w)

@@ -1,13 +1,17 @@
 """What the training loop needs to know of what it trains."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from softvq.models import TrainingStep
 from softvq.training.run_folder import RunFolder
 from softvq.training.showing import Rows
 from softvq.training.steering import Steering
+
+Batch = tuple[Tensor, ...]  # (B, ...) each, on the device: some training examples
 
 
 class Task(Protocol):
@@ -18,13 +22,19 @@ class Task(Protocol):
     examples: int  # in the training split
     judged_by: str  # the metric whose lowest validation value is the best model
     steering: Steering
-    data_bytes: int  # of the training split, on the device
+    data_bytes: int  # that the training split takes in memory,
+    decoded_bytes: int  # and that it would take if it were all there
+    streamed: bool  # whether it is not
+    indexed_on: torch.device  # where `load` wants its indices
 
-    def start(self, batch: Tensor) -> None:
-        """Look at the first batch, indices (B,) of training examples, before any step."""
+    def load(self, batches: Iterable[Tensor]) -> Iterator[Batch]:
+        """The training examples of each batch of indices, (B,) int64."""
 
-    def step(self, batch: Tensor) -> TrainingStep:
-        """The losses of a batch, indices (B,) of training examples."""
+    def start(self, batch: Batch) -> None:
+        """Look at the first batch before any step."""
+
+    def step(self, batch: Batch) -> TrainingStep:
+        """The losses of a batch."""
 
     def evaluate(self, split: str) -> dict[str, float]:
         """Every metric of the model over a whole split."""

@@ -3,7 +3,8 @@
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from softvq.training.prior import PriorTask
 from softvq.training.progress import Display
 from softvq.training.resume import resume_run
 from softvq.training.run_folder import RunFolder, model_bytes
-from softvq.training.task import Task
+from softvq.training.task import Batch, Task
 from softvq.training.tensorboard import Board, check_tensorboard
 from softvq.training.trace import traced
 
@@ -145,10 +146,9 @@ class Trainer:
             self._save()
             self.task.start(next(self._batches()))
         trace = traced(self.run.trace, self.profile if self.writes else 0)
-        with self.display, stop_signals() as received, trace as taken:
-            for batch in self._batches():
-                if self.progress.step >= self.config.steps:
-                    break
+        loaded = closing(self._batches())
+        with self.display, stop_signals() as received, trace as taken, loaded as to_come:
+            for batch in to_come:
                 try:
                     self._step(batch)
                     taken()
@@ -176,18 +176,26 @@ class Trainer:
             self.board.close()
         self.display.finished(test, self.run.report)
 
-    def _batches(self) -> Iterator[torch.Tensor]:
+    def _batches(self) -> Iterator[Batch]:
         """This rank's parts of the batches that are still to come."""
         whole = batches(
             *(self.task.examples, self.config.batch_size, self.config.seed, self.progress.step),
-            self.device,
+            self.task.indexed_on,
         )
-        return map(ranks.part_of, whole)
+        left = islice(whole, self.config.steps - self.progress.step)
+        loaded = self.task.load(map(ranks.part_of, left))
+        while True:
+            started = time.perf_counter()
+            batch = next(loaded, None)
+            self.progress.seconds += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
 
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.config.steps
 
-    def _step(self, batch: torch.Tensor) -> None:
+    def _step(self, batch: Batch) -> None:
         started = time.perf_counter()
         self.model.train()
         set_learning_rates(self.optimizer, self.config, self.progress.step)
@@ -195,7 +203,7 @@ class Trainer:
         seen = self.engine.step(batch, self.progress.step + 1)
         self.progress.step += 1
         step = self.progress.step
-        images = len(batch) * self.ranks
+        images = len(batch[0]) * self.ranks
         self.losses.add(seen.losses, images)
         self.progress.images += images
         self.progress.seconds += time.perf_counter() - started

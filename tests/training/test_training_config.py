@@ -28,7 +28,7 @@ BAD = [
     *((name, value) for name in POSITIVE for value in (0.0, -1.0, NAN, INF, "much", False)),
     *((name, value) for name in FROM_ZERO for value in (-0.1, NAN, INF, "much")),
     *(("batch_size", value) for value in (0, 1, -1)),
-    *(("residual_blocks", value) for value in (-1, 1.0)),
+    *((name, value) for name in ("residual_blocks", "workers") for value in (-1, 1.0)),
     *(("seed", value) for value in (-1, 2**32, 0.5)),
     *(("validation_fraction", value) for value in (0.0, 1.0, -0.1, NAN)),
     *(("temperature_ratio", value) for value in ("0", "1.1", "-1", "nan", "warm", 0.5)),

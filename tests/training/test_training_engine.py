@@ -41,8 +41,9 @@ def trained(config, device=CPU, engine=Engine, steps=STEPS, **options) -> Simple
     config, task = load_task(config, device)
     optimizer = build_optimizer(config, task.model)
     step = engine(config, task, optimizer, device, lines.append, **options).step
-    task.start(next(batches(task.examples, config.batch_size, config.seed, 0, device)))
-    source = batches(task.examples, config.batch_size, config.seed, 0, device)
+    order = (task.examples, config.batch_size, config.seed, 0, device)
+    task.start(next(task.load(batches(*order))))
+    source = task.load(batches(*order))
     losses = []
     for number, batch in zip(range(1, steps + 1), source, strict=False):
         task.model.train()
@@ -96,7 +97,8 @@ def test_a_recorded_step_is_replayed_on_inputs_that_lie_still(tiny_runs, model):
         recorded.append(function)
 
         def replay():
-            replays.append(function.__self__.inputs[0].data_ptr())
+            batch, progress = function.__self__.inputs
+            replays.append(tuple(tensor.data_ptr() for tensor in (*batch, progress)))
             return function()
 
         return replay

@@ -36,7 +36,7 @@ def spoil(monkeypatch, task: Task, steps):
             seen = step(batch)
             return seen._replace(losses={k: v * NAN for k, v in seen.losses.items()})
         with monkeypatch.context() as patch:
-            patch.setattr(task, "_pixels", lambda batch: pixels(batch) * NAN)
+            patch.setattr(task, "_pixels", lambda images: pixels(images) * NAN)
             return step(batch)
 
     monkeypatch.setattr(task, "step", spoilt)
@@ -142,7 +142,7 @@ def test_a_run_that_skips_says_so_once_and_in_its_metrics(config, tmp_path, monk
     def one_bad(self, batch):
         with monkeypatch.context() as patch:
             if next(steps) in (3, 7):
-                patch.setattr(self.task, "_pixels", lambda b: self.task.images[b] * NAN)
+                patch.setattr(self.task, "_pixels", lambda images: images * NAN)
             forward(self, batch)
 
     monkeypatch.setattr(Trainer, "_step", one_bad)
@@ -242,7 +242,7 @@ def test_bad_steps_may_be_skipped_from_the_checkpoint_before(config, tmp_path, m
     def bad_at_seven(self, batch):
         with monkeypatch.context() as patch:
             if self.progress.step == 6:
-                patch.setattr(self.task, "_pixels", lambda b: self.task.images[b] * NAN)
+                patch.setattr(self.task, "_pixels", lambda images: images * NAN)
             forward(self, batch)
 
     monkeypatch.setattr(Trainer, "_step", bad_at_seven)

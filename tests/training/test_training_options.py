@@ -47,7 +47,7 @@ def test_the_plan_says_what_is_to_come(config, tiny_run, capsys):
     plan, _ = planned(capsys, "--config", str(tiny_run / "config.toml"), "--steps", "100")
     _, task = load_task(config, CPU)
     weights = sum(p.numel() for p in task.model.parameters())
-    assert plan["data"] == "1,293 images to train on, from digits"
+    assert plan["data"] == "1,293 images to train on, from digits; 0.1 MB in memory"
     assert plan["model"].startswith(f"soft-vqvae, {weights:,} parameters: encoder ")
     assert plan["model"].endswith(", quantizer 24")
     assert plan["steps"].startswith("100 of 32, 2.5 epochs; validation every 5, ")
@@ -70,7 +70,8 @@ def test_the_plan_of_a_resumed_run_is_its_own(config, tiny_run, capsys):
 def test_the_memory_of_a_batch_is_that_of_a_whole_forward_pass(config, capsys):
     config = dataclasses.replace(config, batch_size=1000)
     config, task = load_task(config, CPU)
-    whole = activation_bytes(task, torch.arange(1000), torch.float32)
+    (batch,) = task.load([torch.arange(1000)])
+    whole = activation_bytes(task, batch, torch.float32)
     words = memory(config, task, torch.float32).rpartition("activations ")[2]
     assert float(words.removesuffix(" MB")) == pytest.approx(whole / 1e6, abs=0.06)
 

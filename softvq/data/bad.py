@@ -1,0 +1,45 @@
+"""What becomes of pictures that cannot be read."""
+
+from collections.abc import Callable, Mapping
+
+from softvq.data.types import DataError
+
+NAMED = 10  # in one line; of more, the rest is counted
+
+
+class BadPictures:
+    """The pictures that cannot be read: they end all, or are left out and told of in one line.
+
+    skip: leave them out. note: takes the line.
+    """
+
+    def __init__(self, skip: bool, note: Callable[[str], None]):
+        self.skip, self.note = skip, note
+        self._names: dict[str, None] = {}  # in the order in which they were found
+        self._told = 0
+
+    def found(self, problems: Mapping[str, str]) -> None:
+        """Take in what is wrong, by the picture's name. Raises DataError unless they are skipped.
+
+        A picture that was found before counts once.
+        """
+        if problems and not self.skip:
+            named = _listed([f"{name}: {problem}" for name, problem in problems.items()], "; ")
+            them = "it" if len(problems) == 1 else "them"
+            raise DataError(
+                f"{named}; repair or remove {them}, or leave {them} out with --on-bad-image skip"
+            )
+        self._names |= dict.fromkeys(problems)
+
+    def tell(self) -> None:
+        """Note, in one line, the pictures that were found since the last time."""
+        new = list(self._names)[self._told :]
+        self._told = len(self._names)
+        if new:
+            what = "1 picture" if len(new) == 1 else f"{len(new):,} pictures"
+            self.note(f"{what} that cannot be read left out: {_listed(new, ', ')}")
+
+
+def _listed(texts: list[str], separator: str) -> str:
+    more = f" and {len(texts) - NAMED:,} more" if len(texts) > NAMED else ""
+    return separator.join(texts[:NAMED]) + more

@@ -1,0 +1,96 @@
+"""Which values and combinations of settings are allowed."""
+
+import math
+import re
+from typing import Any
+
+from softvq.training.families import CONTINUOUS, GUMBEL, PRIOR
+from softvq.training.settings import ConfigError, check
+
+# settings of the data set "folder": with others they have to be one of these
+OF_FOLDERS = {
+    "stream": (None, "auto", "off"),
+    "workers": (None,),
+    "on_bad_image": (None, "stop"),
+}
+
+
+def check_values(settings: Any) -> None:
+    """Raise ConfigError for a value that no model allows. settings: a TrainConfig."""
+    counts = "latent_dim codebook_size width layers steps evaluate_every checkpoint_every"
+    check(settings, counts, lambda v: v >= 1, "at least 1")
+    check(settings, "batch_size", lambda v: v >= 2, "at least 2, for the batch norms")
+    check(settings, "seed", lambda v: 0 <= v < 2**32, "from 0 to 2^32 − 1")
+    check(settings, "residual_blocks workers", lambda v: v >= 0, "at least 0")
+    positive = "reconstruction_weight lr codebook_lr_factor"
+    check(settings, positive, lambda v: 0 < v < math.inf, "a number above 0")
+    from_zero = (
+        "quantizing_weight kl_weight reconstruction_quantizing_weight commitment_weight "
+        "entropy_weight weight_decay dead_code_threshold clip_gradient"
+    )
+    check(settings, from_zero, lambda v: 0 <= v < math.inf, "a number from 0 up")
+    check(settings, "validation_fraction", lambda v: 0 < v < 1, "between 0 and 1")
+    check(settings, "decay dropout", lambda v: 0 <= v < 1, "a number in [0, 1)")
+    check(settings, "temperature_ratio", _is_ratio, "auto or a number in (0, 1]")
+    check(settings, "temperature", _is_temperature, "auto or a number above 0")
+    check(settings, "latent_grid image_size", _is_size, "a size such as 7 or 7x5")
+    check(settings, "hidden", re.compile(r"[1-9]\d*(,[1-9]\d*)*").fullmatch, "such as 256,64")
+
+
+def check_combinations(settings: Any) -> None:
+    """Raise ConfigError for settings that do not go together. settings: a TrainConfig."""
+    if settings.model in PRIOR and settings.tokenizer is None:
+        raise ConfigError(
+            "tokenizer: a pixelcnn learns the codes of a trained model; give its run folder"
+        )
+    for name, idle in OF_FOLDERS.items():
+        value = getattr(settings, name)
+        if settings.data != "folder" and value not in idle:
+            raise ConfigError(
+                f"{name}: {value} does not apply to data {settings.data}, only to folder"
+            )
+    if settings.model in CONTINUOUS and settings.model != "ae" and settings.kl_weight == 0:
+        raise ConfigError(f"kl_weight: 0 makes the {settings.model} an autoencoder; use model ae")
+    if settings.model in GUMBEL and settings.temperature_schedule == "learned":
+        raise ConfigError(
+            f"temperature_schedule: learned does not apply to model {settings.model}, whose loss "
+            "would only fall as T does"
+        )
+    if settings.temperature_schedule == "constant" and settings.temperature == "auto":
+        raise ConfigError(
+            "temperature: auto starts just under the critical temperature and has to fall; "
+            "give a number for temperature_schedule = constant"
+        )
+    if settings.temperature_schedule == "learned" and settings.codebook_loss != "likelihood":
+        raise ConfigError(
+            f"temperature_schedule: learned needs codebook_loss = likelihood, whose log T term "
+            f"keeps T finite; under {settings.codebook_loss} it would grow without end"
+        )
+    if settings.model in GUMBEL and "auto" in (settings.temperature, settings.temperature_ratio):
+        raise ConfigError(
+            f"temperature: auto does not apply to model {settings.model}; give numbers for "
+            "temperature and temperature_ratio"
+        )
+    if (
+        settings.decoder_input == "quantized"
+        and settings.codebook_loss == "detached_quantizing_error"
+    ):
+        raise ConfigError(
+            "codebook_loss: detached_quantizing_error stops the gradient to the encoder, so it "
+            "cannot go with decoder_input = quantized"
+        )
+
+
+def _is_size(text: str) -> bool:
+    return re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", text) is not None
+
+
+def _is_temperature(text: str) -> bool:
+    try:
+        return text == "auto" or 0 < float(text) < math.inf
+    except ValueError:
+        return False
+
+
+def _is_ratio(text: str) -> bool:
+    return _is_temperature(text) and (text == "auto" or float(text) <= 1)
