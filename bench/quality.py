@@ -55,7 +55,8 @@ SOFT = {
     "kl_weight": 0.0,
     "reconstruction_quantizing_weight": 0.0,
     "temperature_ratio": "0.005",
-    "entropy_weight": 30.0,
+    "entropy_weight": 10.0,
+    "dead_code_threshold": 0.4,
 }
 ENTRIES = {
     "softvq SoftVQ": Entry(SOFT),
