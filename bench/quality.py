@@ -97,6 +97,7 @@ def main(arguments: list[str]) -> int:
         for name, entry in ENTRIES.items()
         for codes in (options.peer_codes if entry.peer else options.codes)
     ]
+    torch.set_num_threads(1)  # here for the results' sake, which say how many there were
     results = Results(options.out, device)
     rows: list[Row] = []
     # Processes that start afresh: OpenMP's threads do not survive a fork.
