@@ -11,10 +11,9 @@ from softvq.kernels import tiles
 from softvq.kernels.arithmetic import Arithmetic
 from softvq.kernels.lanes import best_quad, lane_order, lane_sum, nearest_of_quad
 from softvq.kernels.memory import (
-    as_operand,
     load_codes,
     load_mean,
-    load_rows,
+    load_operand,
     store_rows,
     tile_start,
 )
@@ -25,7 +24,7 @@ from softvq.kernels.primitives import (
     WEIGHT_SCALE,
     add_product,
     relative_scores,
-    split_dot,
+    score_product,
     weights_operand,
 )
 from softvq.kernels.prologue import PreparedCodebook
@@ -61,19 +60,26 @@ def launch(
     )
 
     def run(tile: tiles.Tile):
-        compiled = _forward_kernel[(triton.cdiv(rows, tile.rows), heads)](
-            *(z, *prepared, temperature, *out),
-            *(z.stride(0), z.stride(1), rows, codes, prepared.high.shape[1]),
-            SPLIT_LATENTS=how.split_latents,
-            SPLIT_ALL=how.split_all,
-            WHOLE_TILES=rows >= tile.rows,
-            DIM=dim,
-            PAD=tiles.padded_dim(dim),
-            ROWS=tile.rows,
-            CODES=tile.codes,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
-        )
+        # The first part leaves what belongs to rows, the others nothing but their columns of q.
+        columns = SoftForward(out.quantized, None, None, None, None)
+        compiled = [
+            _forward_kernel[(triton.cdiv(rows, tile.rows), heads)](
+                *(z, *prepared, temperature, *(out if part == 0 else columns)),
+                *(z.stride(0), z.stride(1), rows, codes, prepared.high.shape[1]),
+                SPLIT_LATENTS=how.split_latents,
+                SPLIT_ALL=how.split_all,
+                WHOLE_TILES=rows >= tile.rows,
+                DIM=dim,
+                PAD=tiles.padded_dim(dim),
+                PART=part,
+                PARTS=tile.parts,
+                ROWS=tile.rows,
+                CODES=tile.codes,
+                STAGES=tile.stages,
+                num_warps=tile.warps,
+            )
+            for part in range(tile.parts if quantize else 1)
+        ]
         return compiled, out
 
     if rows:
@@ -105,6 +111,8 @@ def _forward_kernel(
     WHOLE_TILES: tl.constexpr,
     DIM: tl.constexpr,
     PAD: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     CODES: tl.constexpr,
     STAGES: tl.constexpr,
@@ -116,6 +124,8 @@ def _forward_kernel(
     inverse_temperature = 1.0 / tl.load(temperature_pointer).to(tl.float32)
     OPERAND: tl.constexpr = high_pointer.dtype.element_ty
     SPLIT_CODEBOOK: tl.constexpr = low_pointer is not None
+    WIDTH: tl.constexpr = PAD // PARTS
+    FIRST: tl.constexpr = PART * WIDTH
     unit = 1.0  # of the prepared codes
     high_pointer += head * padded_codes * PAD
     half_norm_pointer += head * padded_codes
@@ -129,8 +139,10 @@ def _forward_kernel(
 
     # [ROWS, PAD]
     z_pointer += head * head_stride + start * row_stride
-    z = load_rows(z_pointer, row_stride, rows_left, ROWS, DIM, PAD)
-    z_high, z_low, z_scale = as_operand(z, mean_pointer, SPLIT_LATENTS, OPERAND)
+    z_high, z_low, z_scale, _ = load_operand(
+        *(z_pointer, row_stride, rows_left, mean_pointer),
+        *(SPLIT_LATENTS, OPERAND, ROWS, DIM, PAD, PARTS),
+    )
     best = tl.full([ROWS], LOWEST, tl.float32)
     # [ROWS, 8], by lane
     total = tl.zeros([ROWS, 8], tl.float32)
@@ -138,16 +150,16 @@ def _forward_kernel(
     lane_best = tl.full([ROWS, 8], LOWEST, tl.float32)
     best_block = tl.zeros([ROWS, 8], tl.int32)
     # [ROWS, PAD]
-    sums = tl.zeros([ROWS, PAD], tl.float32)
+    sums = tl.zeros([ROWS, WIDTH], tl.float32)
     order = lane_order(CODES)
     for first in tl.range(0, padded_codes, CODES, num_stages=STAGES):
         # [CODES, PAD]
-        code, code_low = load_codes(high_pointer, low_pointer, first, order, PAD)
+        code, code_low = load_codes(high_pointer, low_pointer, first, order, PAD, PARTS)
         # [CODES]
         half_norm = tl.load(half_norm_pointer + first + order)
         # [ROWS, CODES]
         zeros = tl.zeros([ROWS, CODES], tl.float32)
-        product = split_dot(z_high, z_low, code.T, code_low.T, zeros, SPLIT_LATENTS, SPLIT_CODEBOOK)
+        product = score_product(z_high, z_low, code, code_low, zeros, SPLIT_LATENTS, SPLIT_CODEBOOK)
         scores = tl.fma(product, (z_scale / unit)[:, None], -half_norm[None, :])
         # [ROWS, 8]; the strict comparison keeps the lowest index of a tie
         tile_best, block = best_quad(scores)
@@ -169,7 +181,7 @@ def _forward_kernel(
         if quantized_pointer is not None:
             weights, weights_low = weights_operand(weights, WEIGHT_SCALE, SPLIT_ALL, OPERAND)
             sums = add_product(
-                sums, factor[:, None], weights, weights_low, code, code_low, SPLIT_ALL
+                sums, factor[:, None], weights, weights_low, code[PART], code_low[PART], SPLIT_ALL
             )
 
     # [ROWS]: the lanes meet
@@ -181,23 +193,32 @@ def _forward_kernel(
         if OPERAND == tl.float16:
             quantized *= unit / WEIGHT_SCALE
         if mean_pointer is not None:
-            quantized += load_mean(mean_pointer, PAD, LAST=True)
-        store_rows(quantized_pointer + row * DIM, DIM, rows_left, quantized, ROWS, DIM, PAD)
+            quantized += load_mean(mean_pointer + FIRST, WIDTH, LAST=True)
+        store_rows(
+            quantized_pointer + row * DIM + FIRST,
+            DIM,
+            rows_left,
+            quantized,
+            ROWS,
+            DIM - FIRST,
+            WIDTH,
+        )
 
-    index, squared_distance = nearest_of_quad(
-        *(z_pointer, row_stride, rows_left, lane_best, best_block),
-        *(high_pointer, low_pointer, mean_pointer, unit, codes, DIM, PAD),
-    )
-    log_total = tl.log2(total)
-    # The best score is the nearest code's.
-    residue = relative_scores(best, best, scale, OPERAND)
-    log_partition = LN_2 * (log_total - residue) - squared_distance * inverse_temperature
-    entropy = LN_2 * (log_total - weighted / total)
-    offsets = tl.arange(0, ROWS)
-    mask = offsets < rows_left
-    tl.store(log_partition_pointer + row + offsets, log_partition, mask=mask)
-    tl.store(entropy_pointer + row + offsets, entropy, mask=mask)
-    tl.store(indices_pointer + row + offsets, index.to(tl.int64), mask=mask)
-    tl.store(row_state_pointer + row + offsets, best, mask=mask)
-    heads = tl.num_programs(1).to(tl.int64)
-    tl.store(row_state_pointer + heads * rows + row + offsets, 1.0 / total, mask=mask)
+    if indices_pointer is not None:
+        index, squared_distance = nearest_of_quad(
+            *(z_pointer, row_stride, rows_left, lane_best, best_block),
+            *(high_pointer, low_pointer, mean_pointer, unit, codes, DIM, PAD),
+        )
+        log_total = tl.log2(total)
+        # The best score is the nearest code's.
+        residue = relative_scores(best, best, scale, OPERAND)
+        log_partition = LN_2 * (log_total - residue) - squared_distance * inverse_temperature
+        entropy = LN_2 * (log_total - weighted / total)
+        offsets = tl.arange(0, ROWS)
+        mask = offsets < rows_left
+        tl.store(log_partition_pointer + row + offsets, log_partition, mask=mask)
+        tl.store(entropy_pointer + row + offsets, entropy, mask=mask)
+        tl.store(indices_pointer + row + offsets, index.to(tl.int64), mask=mask)
+        tl.store(row_state_pointer + row + offsets, best, mask=mask)
+        heads = tl.num_programs(1).to(tl.int64)
+        tl.store(row_state_pointer + heads * rows + row + offsets, 1.0 / total, mask=mask)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from softvq.kernels.primitives import round_to, scale_of, split
+from softvq.kernels.primitives import as_operand, round_to, scale_of
 
 
 @triton.jit
@@ -103,18 +103,23 @@ def load_codes(
     first: tl.tensor,
     codes: tl.tensor,
     PAD: tl.constexpr,
-    LAST: tl.constexpr = False,
-) -> tuple[tl.tensor, tl.tensor]:
-    """Codes first + codes [CODES] of a prepared codebook, high and low part, each [CODES, PAD].
+    PARTS: tl.constexpr,
+) -> tuple[tl.tuple, tl.tuple]:
+    """Codes first + codes [CODES] of a prepared codebook, high and low, in PARTS of the columns.
 
-    It is padded, hence no mask; `low` repeats `high` where there is none. LAST as in `load_rows`.
+    It is padded, hence no mask; `low` repeats `high` where there is none.
     """
-    policy: tl.constexpr = "evict_first" if LAST else ""
-    offsets = codes[:, None] * PAD + tl.arange(0, PAD)[None, :]
-    high = tl.load(high_pointer + first * PAD + offsets, eviction_policy=policy)
-    if low_pointer is not None:
-        return high, tl.load(low_pointer + first * PAD + offsets, eviction_policy=policy)
-    return high, high
+    high, low = (), ()
+    for part in tl.static_range(PARTS):
+        # [CODES, PAD / PARTS]
+        columns = part * (PAD // PARTS) + tl.arange(0, PAD // PARTS)
+        offsets = codes[:, None] * PAD + columns[None, :]
+        code = tl.load(high_pointer + first * PAD + offsets)
+        high += (code,)
+        if low_pointer is not None:
+            code = tl.load(low_pointer + first * PAD + offsets)
+        low += (code,)
+    return high, low
 
 
 @triton.jit
@@ -125,28 +130,52 @@ def load_mean(pointer: tl.tensor, PAD: tl.constexpr, LAST: tl.constexpr = False)
 
 
 @triton.jit
-def as_operand(
-    x: tl.tensor, mean_pointer: tl.tensor | None, SPLIT: tl.constexpr, DTYPE: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Rows ready to be multiplied: x − mean = scale · (high + low).
+def load_operand(
+    pointer: tl.tensor,
+    stride: tl.tensor,
+    rows_left: tl.tensor,
+    mean_pointer: tl.tensor | None,
+    SPLIT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAD: tl.constexpr,
+    PARTS: tl.constexpr,
+) -> tuple[tl.tuple, tl.tuple, tl.tensor, tl.tensor]:
+    """Rows, as `load_rows` finds them, ready to be multiplied: x − mean = scale · (high + low).
 
-    x [ROWS, PAD]; high and low are of DTYPE, and `low` repeats `high` unless SPLIT. scale [ROWS] is
-    a power of two for float16, and 1 for bfloat16, which needs none.
+    Also Σ|x − mean| of each row. high and low are of DTYPE and in PARTS of the columns; `low`
+    repeats `high` unless SPLIT. scale [ROWS] is a power of two for float16, and 1 for bfloat16,
+    which needs none.
     """
-    scale = tl.full([x.shape[0]], 1.0, tl.float32)
-    if mean_pointer is not None:
-        x = x.to(tl.float32) - load_mean(mean_pointer, x.shape[1])
+    WIDTH: tl.constexpr = PAD // PARTS
+    whole, high, low = (), (), ()
+    for part in tl.static_range(PARTS):
+        # [ROWS, WIDTH]
+        x = load_rows(pointer + part * WIDTH, stride, rows_left, ROWS, DIM - part * WIDTH, WIDTH)
+        if mean_pointer is not None:
+            x = x.to(tl.float32) - load_mean(mean_pointer + part * WIDTH, WIDTH)
+        if DTYPE == tl.float16:
+            x = x.to(tl.float32)
+        whole += (x,)
+    # [ROWS]
+    largest = tl.max(tl.abs(whole[0]), 1)
+    total = tl.sum(tl.abs(whole[0].to(tl.float32)), 1)
+    for part in tl.static_range(1, PARTS):
+        largest = tl.maximum(largest, tl.max(tl.abs(whole[part]), 1))
+        total += tl.sum(tl.abs(whole[part].to(tl.float32)), 1)
+    scale = tl.full([ROWS], 1.0, tl.float32)
     if DTYPE == tl.float16:
-        x = x.to(tl.float32)
-        scale = scale_of(tl.max(tl.abs(x), 1))
-        x /= scale[:, None]
-    if x.dtype == DTYPE:
-        return x, x, scale
-    if SPLIT:
-        high, low = split(x, DTYPE)
-        return high, low, scale
-    high = round_to(x.to(tl.float32), DTYPE)
-    return high, high, scale
+        scale = scale_of(largest)
+    for part in tl.static_range(PARTS):
+        # [ROWS, WIDTH]
+        x = whole[part]
+        if DTYPE == tl.float16:
+            x /= scale[:, None]
+        x_high, x_low = as_operand(x, SPLIT, DTYPE)
+        high += (x_high,)
+        low += (x_low,)
+    return high, low, scale, total
 
 
 @triton.jit

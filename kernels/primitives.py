@@ -69,6 +69,29 @@ def split_dot(
 
 
 @triton.jit
+def score_product(
+    a: tl.tuple,
+    a_low: tl.tuple,
+    b: tl.tuple,
+    b_low: tl.tuple,
+    accumulator: tl.tensor,
+    SPLIT_A: tl.constexpr,
+    SPLIT_B: tl.constexpr,
+) -> tl.tensor:
+    """`split_dot` of a and bᵀ, both in parts of the columns that are summed over."""
+    PARTS: tl.constexpr = len(a)
+    if SPLIT_A:
+        for part in tl.static_range(PARTS):
+            accumulator = dot(a_low[part], b[part].T, accumulator)
+    if SPLIT_B:
+        for part in tl.static_range(PARTS):
+            accumulator = dot(a[part], b_low[part].T, accumulator)
+    for part in tl.static_range(PARTS):
+        accumulator = dot(a[part], b[part].T, accumulator)
+    return accumulator
+
+
+@triton.jit
 def add_product(
     sums: tl.tensor,
     factor: tl.tensor,
@@ -104,6 +127,19 @@ def scale_of(largest: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def as_operand(
+    x: tl.tensor, SPLIT: tl.constexpr, DTYPE: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """x as a matrix unit takes it, high and low; `low` repeats `high` unless SPLIT."""
+    if x.dtype == DTYPE:
+        return x, x
+    if SPLIT:
+        return split(x, DTYPE)
+    high = round_to(x.to(tl.float32), DTYPE)
+    return high, high
+
+
+@triton.jit
 def weights_operand(
     x: tl.tensor, factor: tl.tensor, SPLIT: tl.constexpr, DTYPE: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
@@ -113,10 +149,7 @@ def weights_operand(
     """
     if DTYPE == tl.float16:
         x *= factor
-    if SPLIT:
-        return split(x, DTYPE)
-    high = round_to(x, DTYPE)
-    return high, high
+    return as_operand(x, SPLIT, DTYPE)
 
 
 @triton.jit

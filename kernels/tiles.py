@@ -36,6 +36,7 @@ class Tile(NamedTuple):
     codes: int
     warps: int
     stages: int = 2
+    parts: int = 1
 
 
 # For padded D up to 64, 128 and, where a tile without spills is known, 256.
