@@ -178,7 +178,9 @@ def _code_sweep_kernel(
         grad_entropy_pointer += head * rows
     if values_pointer is not None:
         values_pointer += head * values_head_stride
-    for done in tl.range(0, (end - begin).to(tl.int32), ROWS, num_stages=STAGES):
+    for done in tl.range(
+        0, (end - begin).to(tl.int32), ROWS, num_stages=STAGES, disable_licm=PARTS > 1
+    ):
         start = begin + done
         first_row = tile_start(start, rows, ROWS, WHOLE_TILES)
         row = first_row + tl.arange(0, ROWS)

@@ -152,7 +152,7 @@ def _forward_kernel(
     # [ROWS, PAD]
     sums = tl.zeros([ROWS, WIDTH], tl.float32)
     order = lane_order(CODES)
-    for first in tl.range(0, padded_codes, CODES, num_stages=STAGES):
+    for first in tl.range(0, padded_codes, CODES, num_stages=STAGES, disable_licm=PARTS > 1):
         # [CODES, PAD]
         code, code_low = load_codes(high_pointer, low_pointer, first, order, PAD, PARTS)
         # [CODES]

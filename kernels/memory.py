@@ -149,6 +149,10 @@ def load_operand(
     which needs none.
     """
     WIDTH: tl.constexpr = PAD // PARTS
+    # There are no registers for many rows in all their parts at a time.
+    TWICE: tl.constexpr = PARTS > 1 and ROWS > 32
+    if TWICE:
+        largest, total = row_sizes(pointer, stride, rows_left, mean_pointer, ROWS, DIM, PAD)
     whole, high, low = (), (), ()
     for part in tl.static_range(PARTS):
         # [ROWS, WIDTH]
@@ -158,12 +162,13 @@ def load_operand(
         if DTYPE == tl.float16:
             x = x.to(tl.float32)
         whole += (x,)
-    # [ROWS]
-    largest = tl.max(tl.abs(whole[0]), 1)
-    total = tl.sum(tl.abs(whole[0].to(tl.float32)), 1)
-    for part in tl.static_range(1, PARTS):
-        largest = tl.maximum(largest, tl.max(tl.abs(whole[part]), 1))
-        total += tl.sum(tl.abs(whole[part].to(tl.float32)), 1)
+    if not TWICE:
+        # [ROWS]
+        largest = tl.max(tl.abs(whole[0]), 1)
+        total = tl.sum(tl.abs(whole[0].to(tl.float32)), 1)
+        for part in tl.static_range(1, PARTS):
+            largest = tl.maximum(largest, tl.max(tl.abs(whole[part]), 1))
+            total += tl.sum(tl.abs(whole[part].to(tl.float32)), 1)
     scale = tl.full([ROWS], 1.0, tl.float32)
     if DTYPE == tl.float16:
         scale = scale_of(largest)
@@ -176,6 +181,34 @@ def load_operand(
         high += (x_high,)
         low += (x_low,)
     return high, low, scale, total
+
+
+@triton.jit
+def row_sizes(
+    pointer: tl.tensor,
+    stride: tl.tensor,
+    rows_left: tl.tensor,
+    mean_pointer: tl.tensor | None,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAD: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The largest |x − mean| of each row, and their sum, [ROWS]."""
+    CHUNK: tl.constexpr = min(PAD, 32)
+    largest = tl.zeros([ROWS], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    rows = tl.arange(0, ROWS)[:, None]
+    for first in range(0, PAD, CHUNK):
+        # [ROWS, CHUNK]
+        columns = (first + tl.arange(0, CHUNK))[None, :]
+        mask = (rows < rows_left) & (columns < DIM)
+        x = tl.load(pointer + rows.to(tl.int64) * stride + columns, mask=mask, other=0.0)
+        x = x.to(tl.float32)
+        if mean_pointer is not None:
+            x -= tl.load(mean_pointer + columns)
+        largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
+        total += tl.sum(tl.abs(x), 1)
+    return largest, total
 
 
 @triton.jit

@@ -219,7 +219,7 @@ def _row_gradients_kernel(
     # [ROWS, WIDTH]
     pull = tl.zeros([ROWS, WIDTH], tl.float32)
     tile_codes = tl.arange(0, CODES)
-    for first in tl.range(0, padded_codes, CODES, num_stages=STAGES):
+    for first in tl.range(0, padded_codes, CODES, num_stages=STAGES, disable_licm=PARTS > 1):
         # [CODES, PAD]
         code, code_low = load_codes(high_pointer, low_pointer, first, tile_codes, PAD, PARTS)
         # [CODES]
