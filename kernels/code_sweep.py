@@ -13,13 +13,13 @@ from torch import Tensor
 
 from softvq.kernels import tiles
 from softvq.kernels.arithmetic import Arithmetic
-from softvq.kernels.memory import load_codes, load_operand, store_with_terms, tile_start
+from softvq.kernels.memory import store_with_terms, tile_start
+from softvq.kernels.operands import load_codes, load_operand, score_product
 from softvq.kernels.primitives import (
     LN_2,
     LOG2_E,
     relative_scores,
     scale_of,
-    score_product,
     split_dot,
     weights_operand,
 )
@@ -65,17 +65,7 @@ def launch(
                 *(z, *prepared, temperature, row_state),
                 *(values, grad_entropy, code_gradient, row_shift, largest, partial),
                 *(*z.stride()[:2], *strides, rows, rows_per_split, padded_codes),
-                SPLIT_LATENTS=how.split_latents,
-                SPLIT_ALL=how.split_all,
-                WHOLE_TILES=rows >= tile.rows,
-                DIM=dim,
-                PAD=pad,
-                PART=part,
-                PARTS=tile.parts,
-                ROWS=tile.rows,
-                CODES=tile.codes,
-                STAGES=tile.stages,
-                num_warps=tile.warps,
+                **tiles.constants(tile, part, how, z),
             )
             for part in range(min(width, tile.parts))
         ]
@@ -154,7 +144,7 @@ def _code_sweep_kernel(
     scale = 2.0 * LOG2_E * inverse_temperature * unit * unit
 
     codes = tl.arange(0, CODES)
-    # [CODES, PAD]
+    # of each part [CODES, WIDTH]
     code, code_low = load_codes(high_pointer, low_pointer, first, codes, PAD, PARTS)
     # [CODES]
     half_norm = tl.load(half_norm_pointer + first + codes)
@@ -186,7 +176,7 @@ def _code_sweep_kernel(
         row = first_row + tl.arange(0, ROWS)
         mask = (row >= start) & (row < end)
         rows_left = ROWS if WHOLE_TILES else rows
-        # [ROWS, PAD]
+        # of each part [ROWS, WIDTH]
         z_high, z_low, z_scale, _ = load_operand(
             *(z_pointer + first_row * row_stride, row_stride, rows_left, mean_pointer),
             *(SPLIT_LATENTS, OPERAND, ROWS, DIM, PAD, PARTS),
@@ -202,7 +192,7 @@ def _code_sweep_kernel(
         p = tl.exp2(relative) * inverse_total[None, :]
 
         if values_pointer is not None:
-            # [ROWS, PAD]
+            # of each part [ROWS, WIDTH]
             value, value_low, value_scale, _ = load_operand(
                 *(values_pointer + first_row * values_row_stride, values_row_stride, rows_left),
                 *(None, SPLIT_ALL, OPERAND, ROWS, DIM, PAD, PARTS),

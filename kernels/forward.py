@@ -10,13 +10,8 @@ from torch import Tensor
 from softvq.kernels import tiles
 from softvq.kernels.arithmetic import Arithmetic
 from softvq.kernels.lanes import best_quad, lane_order, lane_sum, nearest_of_quad
-from softvq.kernels.memory import (
-    load_codes,
-    load_mean,
-    load_operand,
-    store_rows,
-    tile_start,
-)
+from softvq.kernels.memory import load_mean, store_rows, tile_start
+from softvq.kernels.operands import load_codes, load_operand, score_product
 from softvq.kernels.primitives import (
     LN_2,
     LOG2_E,
@@ -24,7 +19,6 @@ from softvq.kernels.primitives import (
     WEIGHT_SCALE,
     add_product,
     relative_scores,
-    score_product,
     weights_operand,
 )
 from softvq.kernels.prologue import PreparedCodebook
@@ -49,7 +43,7 @@ def launch(
     quantize: bool,
 ) -> SoftForward:
     """z (H, N, D) with unit stride along D; `quantize=False` skips the second product."""
-    heads, rows, dim = z.shape
+    heads, rows, _ = z.shape
     row = z.new_empty((heads, rows), dtype=torch.float32)
     out = SoftForward(
         z.new_empty(z.shape) if quantize else None,
@@ -66,17 +60,7 @@ def launch(
             _forward_kernel[(triton.cdiv(rows, tile.rows), heads)](
                 *(z, *prepared, temperature, *(out if part == 0 else columns)),
                 *(z.stride(0), z.stride(1), rows, codes, prepared.high.shape[1]),
-                SPLIT_LATENTS=how.split_latents,
-                SPLIT_ALL=how.split_all,
-                WHOLE_TILES=rows >= tile.rows,
-                DIM=dim,
-                PAD=tiles.padded_dim(dim),
-                PART=part,
-                PARTS=tile.parts,
-                ROWS=tile.rows,
-                CODES=tile.codes,
-                STAGES=tile.stages,
-                num_warps=tile.warps,
+                **tiles.constants(tile, part, how, z),
             )
             for part in range(tile.parts if quantize else 1)
         ]
@@ -97,7 +81,7 @@ def _forward_kernel(
     scale_pointer,
     temperature_pointer,
     quantized_pointer,
-    indices_pointer,
+    indices_pointer,  # from here to row_state, None where another launch leaves them
     log_partition_pointer,
     entropy_pointer,
     row_state_pointer,
@@ -137,7 +121,7 @@ def _forward_kernel(
         unit = tl.load(scale_pointer + head)
     scale = 2.0 * LOG2_E * inverse_temperature * unit * unit
 
-    # [ROWS, PAD]
+    # of each part [ROWS, WIDTH]
     z_pointer += head * head_stride + start * row_stride
     z_high, z_low, z_scale, _ = load_operand(
         *(z_pointer, row_stride, rows_left, mean_pointer),
@@ -149,11 +133,11 @@ def _forward_kernel(
     weighted = tl.zeros([ROWS, 8], tl.float32)
     lane_best = tl.full([ROWS, 8], LOWEST, tl.float32)
     best_block = tl.zeros([ROWS, 8], tl.int32)
-    # [ROWS, PAD]
+    # [ROWS, WIDTH]
     sums = tl.zeros([ROWS, WIDTH], tl.float32)
     order = lane_order(CODES)
     for first in tl.range(0, padded_codes, CODES, num_stages=STAGES, disable_licm=PARTS > 1):
-        # [CODES, PAD]
+        # of each part [CODES, WIDTH]
         code, code_low = load_codes(high_pointer, low_pointer, first, order, PAD, PARTS)
         # [CODES]
         half_norm = tl.load(half_norm_pointer + first + order)
@@ -188,7 +172,7 @@ def _forward_kernel(
     total, weighted = tl.sum(total, 1), tl.sum(weighted, 1)
     row = head * rows + start
     if quantized_pointer is not None:
-        # [ROWS, PAD]
+        # [ROWS, WIDTH]
         quantized = sums / total[:, None]
         if OPERAND == tl.float16:
             quantized *= unit / WEIGHT_SCALE

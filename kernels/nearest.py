@@ -15,8 +15,9 @@ from torch import Tensor
 from softvq.kernels import tiles
 from softvq.kernels.arithmetic import Arithmetic
 from softvq.kernels.lanes import best_quad, lane_order, nearest_of_quad
-from softvq.kernels.memory import load_codes, load_operand, tile_start
-from softvq.kernels.primitives import LOWEST, score_product
+from softvq.kernels.memory import tile_start
+from softvq.kernels.operands import load_codes, load_operand, score_product
+from softvq.kernels.primitives import LOWEST
 from softvq.kernels.prologue import prepare
 
 Precision = Literal["highest", "high", "medium"]

@@ -69,29 +69,6 @@ def split_dot(
 
 
 @triton.jit
-def score_product(
-    a: tl.tuple,
-    a_low: tl.tuple,
-    b: tl.tuple,
-    b_low: tl.tuple,
-    accumulator: tl.tensor,
-    SPLIT_A: tl.constexpr,
-    SPLIT_B: tl.constexpr,
-) -> tl.tensor:
-    """`split_dot` of a and bᵀ, both in parts of the columns that are summed over."""
-    PARTS: tl.constexpr = len(a)
-    if SPLIT_A:
-        for part in tl.static_range(PARTS):
-            accumulator = dot(a_low[part], b[part].T, accumulator)
-    if SPLIT_B:
-        for part in tl.static_range(PARTS):
-            accumulator = dot(a[part], b_low[part].T, accumulator)
-    for part in tl.static_range(PARTS):
-        accumulator = dot(a[part], b[part].T, accumulator)
-    return accumulator
-
-
-@triton.jit
 def add_product(
     sums: tl.tensor,
     factor: tl.tensor,

@@ -13,14 +13,8 @@ from torch import Tensor
 
 from softvq.kernels import tiles
 from softvq.kernels.arithmetic import Arithmetic
-from softvq.kernels.memory import (
-    load_codes,
-    load_operand,
-    row_dots,
-    squared_distances,
-    store_with_terms,
-    tile_start,
-)
+from softvq.kernels.memory import row_dots, squared_distances, store_with_terms, tile_start
+from softvq.kernels.operands import load_codes, load_operand, score_product
 from softvq.kernels.primitives import (
     LARGEST,
     LN_2,
@@ -29,7 +23,6 @@ from softvq.kernels.primitives import (
     dot,
     relative_scores,
     scale_of,
-    score_product,
     weights_operand,
 )
 from softvq.kernels.prologue import PreparedCodebook
@@ -62,7 +55,7 @@ def launch(
     """z and grad_quantized (H, N, D) with unit stride along D; quantized (H, N, D) and gradients of
     rows (H, N) contiguous; indices and row_state the forward's; code_gradient (H, padded K) is υ/N.
     """
-    (heads, rows, dim), padded_codes = z.shape, prepared.high.shape[1]
+    (heads, rows, _), padded_codes = z.shape, prepared.high.shape[1]
     row_shift = z.new_empty((heads, rows), dtype=torch.float32)
     grad_z = z.new_empty(z.shape) if needs_z else None
     largest_usage = None
@@ -84,17 +77,7 @@ def launch(
                 *(grad_quantized, grad_log_partition, grad_entropy, code_gradient, largest_usage),
                 *(grad_z, *(of_rows if part == 0 else (None,) * 3)),
                 *(*z.stride()[:2], *strides, rows, padded_codes),
-                SPLIT_LATENTS=how.split_latents,
-                SPLIT_ALL=how.split_all,
-                WHOLE_TILES=rows >= tile.rows,
-                DIM=dim,
-                PAD=tiles.padded_dim(dim),
-                PART=part,
-                PARTS=tile.parts,
-                ROWS=tile.rows,
-                CODES=tile.codes,
-                STAGES=tile.stages,
-                num_warps=tile.warps,
+                **tiles.constants(tile, part, how, z),
             )
             for part in range(tile.parts if needs_z else 1)
             if rows
@@ -177,7 +160,7 @@ def _row_gradients_kernel(
     mask = offsets < rows_left
     row = head * rows + start + offsets
 
-    # [ROWS, PAD]
+    # of each part [ROWS, WIDTH]
     z_pointer += head * head_stride + start * row_stride
     z_high, z_low, z_scale, _ = load_operand(
         *(z_pointer, row_stride, rows_left, mean_pointer),
@@ -197,6 +180,7 @@ def _row_gradients_kernel(
             *(grad_quantized_pointer, grad_row_stride, quantized_pointer, DIM, mean_pointer),
             *(rows_left, ROWS, DIM, PAD),
         )
+        # of each part [ROWS, WIDTH]
         grad_high, grad_low, grad_scale, grad_total = load_operand(
             *(grad_quantized_pointer, grad_row_stride, rows_left, None),
             *(SPLIT_ALL, OPERAND, ROWS, DIM, PAD, PARTS),
@@ -220,7 +204,7 @@ def _row_gradients_kernel(
     pull = tl.zeros([ROWS, WIDTH], tl.float32)
     tile_codes = tl.arange(0, CODES)
     for first in tl.range(0, padded_codes, CODES, num_stages=STAGES, disable_licm=PARTS > 1):
-        # [CODES, PAD]
+        # of each part [CODES, WIDTH]
         code, code_low = load_codes(high_pointer, low_pointer, first, tile_codes, PAD, PARTS)
         # [CODES]
         half_norm = tl.load(half_norm_pointer + first + tile_codes)

@@ -209,6 +209,24 @@ def shared_bytes(kernel: Kernel, operands: Operands, dim: int, tile: Tile) -> in
     return padded_dim(dim) * (kept + tile.stages * streamed)
 
 
+def constants(tile: Tile, part: int, how: Arithmetic, z: Tensor) -> dict[str, object]:
+    """What the soft kernels are compiled for, as arguments of the launch that leaves this part."""
+    rows, dim = z.shape[1:]
+    return {
+        "SPLIT_LATENTS": how.split_latents,
+        "SPLIT_ALL": how.split_all,
+        "WHOLE_TILES": rows >= tile.rows,
+        "DIM": dim,
+        "PAD": padded_dim(dim),
+        "PART": part,
+        "PARTS": tile.parts,
+        "ROWS": tile.rows,
+        "CODES": tile.codes,
+        "STAGES": tile.stages,
+        "num_warps": tile.warps,
+    }
+
+
 def every_choice() -> dict[tuple[Architecture, Kernel, Operands, int], Tile]:
     """All of the tables; the last of the key is the largest D."""
     return {

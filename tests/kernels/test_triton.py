@@ -40,10 +40,11 @@ SHAPES = [  # heads, rows, codes, D
 ]
 
 
-@pytest.fixture
-def small_tiles(monkeypatch):
+@pytest.fixture(params=[1, 2], ids="parts={}".format)
+def small_tiles(request, monkeypatch):
     """Several iterations of every loop, several programs along every axis."""
-    monkeypatch.setattr(tiles, "choose", lambda *_: tiles.Tile(32, 32, 4, 1))
+    tile = tiles.Tile(32, 32, 4, 1, parts=request.param)
+    monkeypatch.setattr(tiles, "choose", lambda *_: tile)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
