@@ -19,7 +19,6 @@ from bench.launches import Launch, recorded
 from bench.machine_code import SHARED_LIMIT, TENSOR_MEMORY_LIMIT, inspect
 from bench.roofline import CARDS, kernel_work, times
 from softvq.kernels import fused, tiles
-from softvq.kernels.arithmetic import arithmetic
 from softvq.kernels.code_sums import code_sums
 from softvq.kernels.nearest import nearest
 
@@ -69,10 +68,6 @@ def cases(
     family = FAMILY[architecture]
     here = patch.object(tiles, "architecture", lambda _: family)
     for kind, dim, name in itertools.product(inputs, dims, calls):
-        operands = arithmetic(*INPUTS[kind]).operands
-        soft = name not in ("nearest", "code sums")
-        if soft and dim > tiles.widest("forward", operands, family):
-            continue
         with here, recorded() as launches:
             call(name, dim, *INPUTS[kind])
         for launch in launches:
