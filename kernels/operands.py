@@ -75,10 +75,8 @@ def load_operand(
     if not TWICE:
         # [ROWS]
         largest = tl.max(tl.abs(whole[0]), 1)
-        total = tl.sum(tl.abs(whole[0].to(tl.float32)), 1)
         for part in tl.static_range(1, PARTS):
             largest = tl.maximum(largest, tl.max(tl.abs(whole[part]), 1))
-            total += tl.sum(tl.abs(whole[part].to(tl.float32)), 1)
     scale = tl.full([ROWS], 1.0, tl.float32)
     if DTYPE == tl.float16:
         scale = scale_of(largest)
@@ -90,6 +88,11 @@ def load_operand(
         x_high, x_low = as_operand(x, SPLIT, DTYPE)
         high += (x_high,)
         low += (x_low,)
+    if not TWICE:
+        # [ROWS]
+        total = tl.sum(tl.abs(whole[0].to(tl.float32)), 1)
+        for part in tl.static_range(1, PARTS):
+            total += tl.sum(tl.abs(whole[part].to(tl.float32)), 1)
     return high, low, scale, total
 
 
