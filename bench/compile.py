@@ -149,7 +149,8 @@ def _bound(case: Case, per_pair: float | str) -> dict[str, object]:
     if not per_pair:
         return {"card": "", "bound": "", "bound_ms": ""}
     kernel = "usage" if case.call == "usage" and case.kernel == "code_sweep" else case.kernel
-    work = kernel_work(kernel, case.inputs, 2**20, CODES, case.dim, per_pair)
+    parts = case.launch.constants.get("PARTS", 1)
+    work = kernel_work(kernel, case.inputs, 2**20, CODES, case.dim, per_pair, parts)
     limits = times(CARDS[CARD[case.architecture]], work)
     return {
         "card": CARD[case.architecture],
