@@ -209,7 +209,9 @@ def neighbours(
 def shared_bytes(kernel: Kernel, operands: Operands, dim: int, tile: Tile) -> int:
     """What the operands of the products take; the compiler may need more, and then refuses."""
     matrices = 1 if kernel in ("forward", "nearest") else 2  # z, and the gradient of q
-    rows = matrices * tile.rows * (4 if operands in ("high", "split") else 2)
+    if kernel.startswith("code_sweep"):
+        matrices = 1 + 1 / tile.parts  # once it has the scores, only its own part of z
+    rows = int(matrices * tile.rows) * (4 if operands in ("high", "split") else 2)
     codes = tile.codes * (2 if operands in ("bfloat16", "converted") else 4)
     kept, streamed = (codes, rows) if kernel.startswith("code_sweep") else (rows, codes)
     return padded_dim(dim) * (kept + tile.stages * streamed)
