@@ -88,7 +88,7 @@ def near_ties() -> Problem:
     return Problem(codebook[:, :16].repeat(1, 4, 1) + 1e-3, codebook, problem.temperature)
 
 
-# Of float32 latents, largest error relative to the largest true value (D = 48, T = 1): what the
+# Of float32 latents, largest error relative to the largest true value (T = D / 48): what the
 # scores lose is about 1e-6·|z||c| split and 5e-4·|z||c| single; operands of the other products
 # have 8 bits.
 REDUCED_PRECISION = {
@@ -104,10 +104,10 @@ REDUCED_PRECISION = {
 
 
 def reduced_errors(
-    backend: ModuleType, precision: str, offset: float, device: str | torch.device
+    backend: ModuleType, precision: str, offset: float, device: str | torch.device, dim: int = 48
 ) -> dict[str, float]:
     """Errors of one problem as REDUCED_PRECISION bounds them, without the offset of the data."""
-    problem = make(2, 130, 130, 48, device=device)
+    problem = make(2, 130, 130, dim, temperature=dim / 48, device=device)
     # Exact also far from zero, so that every offset poses the same problem.
     problem = Problem(*((x * 64).round() / 64 + offset for x in problem[:2]), problem.temperature)
     outputs, true = run(backend, problem, precision=precision), problem.to(torch.float64)

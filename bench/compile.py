@@ -19,7 +19,6 @@ from bench.launches import Launch, recorded
 from bench.machine_code import SHARED_LIMIT, TENSOR_MEMORY_LIMIT, inspect
 from bench.roofline import CARDS, kernel_work, times
 from softvq.kernels import fused, tiles
-from softvq.kernels.arithmetic import arithmetic
 from softvq.kernels.code_sums import code_sums
 from softvq.kernels.nearest import nearest
 
@@ -69,10 +68,6 @@ def cases(
     family = FAMILY[architecture]
     here = patch.object(tiles, "architecture", lambda _: family)
     for kind, dim, name in itertools.product(inputs, dims, calls):
-        operands = arithmetic(*INPUTS[kind]).operands
-        soft = name not in ("nearest", "code sums")
-        if soft and dim > tiles.widest("forward", operands, family):
-            continue
         with here, recorded() as launches:
             call(name, dim, *INPUTS[kind])
         for launch in launches:
@@ -154,7 +149,8 @@ def _bound(case: Case, per_pair: float | str) -> dict[str, object]:
     if not per_pair:
         return {"card": "", "bound": "", "bound_ms": ""}
     kernel = "usage" if case.call == "usage" and case.kernel == "code_sweep" else case.kernel
-    work = kernel_work(kernel, case.inputs, 2**20, CODES, case.dim, per_pair)
+    parts = case.launch.constants.get("PARTS", 1)
+    work = kernel_work(kernel, case.inputs, 2**20, CODES, case.dim, per_pair, parts)
     limits = times(CARDS[CARD[case.architecture]], work)
     return {
         "card": CARD[case.architecture],

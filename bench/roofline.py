@@ -123,20 +123,32 @@ PRODUCTS = {
 # Products beside the scores, and exponentials, per kernel; the usage sweep is a code_sweep
 # without them.
 OTHERS = {"forward": 1, "row_gradients": 2, "code_sweep": 3, "usage": 0}
+# Those of them that are the output, of which a launch for one part has only that.
+OUTPUTS = {"forward": 1, "row_gradients": 1, "code_sweep": 2, "usage": 0}
 
 
 def kernel_work(
-    kernel: str, inputs: str, rows: int, codes: int, dim: int, instructions: float
+    kernel: str,
+    inputs: str,
+    rows: int,
+    codes: int,
+    dim: int,
+    instructions: float,
+    parts: int = 1,
 ) -> Work:
     """The work of a kernel of `bench compile` over `rows` latents and `codes` codes.
 
     `kernel` and `inputs` are that table's words ("usage": code_sweep in the call "usage"),
-    `instructions` its instructions per pair, `dim` is padded as the kernels pad it. Bytes are those
-    of the rows' and codes' vectors, once each: the codebook stays in the cache.
+    `instructions` its instructions per pair, `dim` is padded as the kernels pad it. With `parts` it
+    is the work of one launch of so many. Bytes are those of the rows' and codes' whole vectors,
+    once each: the codebook stays in the cache.
     """
     padded = max(16, 1 << (dim - 1).bit_length())
     of = PRODUCTS[inputs]
-    products = of.nearest if kernel == "nearest" else of.scores + OTHERS[kernel] * of.others
+    products = of.nearest
+    if kernel != "nearest":
+        others = OTHERS[kernel] - OUTPUTS[kernel] * (1 - 1 / parts)
+        products = of.scores + others * of.others
     size = 4 if inputs.startswith("fp32") else 2
     # Row vectors: z and q; z, q, dq and dz; z and dq; z. A float32 sum for every code.
     vectors = {"forward": 2, "row_gradients": 4, "code_sweep": 2, "usage": 1, "nearest": 1}[kernel]

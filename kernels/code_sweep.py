@@ -13,7 +13,8 @@ from torch import Tensor
 
 from softvq.kernels import tiles
 from softvq.kernels.arithmetic import Arithmetic
-from softvq.kernels.memory import as_operand, load_codes, load_rows, store_with_terms, tile_start
+from softvq.kernels.memory import store_with_terms, tile_start
+from softvq.kernels.operands import load_codes, load_operand, score_product
 from softvq.kernels.primitives import (
     LN_2,
     LOG2_E,
@@ -59,20 +60,15 @@ def launch(
         # In whole tiles, so that only the last range ends inside one.
         rows_per_split = triton.cdiv(triton.cdiv(rows, tile.rows), splits) * tile.rows
         partial = z.new_empty((splits, heads, padded_codes, width), dtype=torch.float32)
-        compiled = _code_sweep_kernel[(blocks, splits, heads)](
-            *(z, *prepared, temperature, row_state),
-            *(values, grad_entropy, code_gradient, row_shift, largest, partial),
-            *(*z.stride()[:2], *strides, rows, rows_per_split, padded_codes),
-            SPLIT_LATENTS=how.split_latents,
-            SPLIT_ALL=how.split_all,
-            WHOLE_TILES=rows >= tile.rows,
-            DIM=dim,
-            PAD=pad,
-            ROWS=tile.rows,
-            CODES=tile.codes,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
-        )
+        compiled = [
+            _code_sweep_kernel[(blocks, splits, heads)](
+                *(z, *prepared, temperature, row_state),
+                *(values, grad_entropy, code_gradient, row_shift, largest, partial),
+                *(*z.stride()[:2], *strides, rows, rows_per_split, padded_codes),
+                **tiles.constants(tile, part, how, z),
+            )
+            for part in range(min(width, tile.parts))
+        ]
         return compiled, partial[:, :, :codes, : min(width, dim)].sum(0)
 
     parts = [x is not None for x in (values, grad_entropy, code_gradient, row_shift)]
@@ -120,6 +116,8 @@ def _code_sweep_kernel(
     WHOLE_TILES: tl.constexpr,  # there are at least ROWS rows
     DIM: tl.constexpr,
     PAD: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     CODES: tl.constexpr,
     STAGES: tl.constexpr,
@@ -132,6 +130,8 @@ def _code_sweep_kernel(
     inverse_temperature = 1.0 / tl.load(temperature_pointer).to(tl.float32)
     OPERAND: tl.constexpr = high_pointer.dtype.element_ty
     SPLIT_CODEBOOK: tl.constexpr = low_pointer is not None
+    WIDTH: tl.constexpr = PAD // PARTS
+    FIRST: tl.constexpr = PART * WIDTH
     unit = 1.0  # of the prepared codes
     high_pointer += head * padded_codes * PAD
     half_norm_pointer += head * padded_codes
@@ -144,8 +144,8 @@ def _code_sweep_kernel(
     scale = 2.0 * LOG2_E * inverse_temperature * unit * unit
 
     codes = tl.arange(0, CODES)
-    # [CODES, PAD]
-    code, code_low = load_codes(high_pointer, low_pointer, first, codes, PAD)
+    # of each part [CODES, WIDTH]
+    code, code_low = load_codes(high_pointer, low_pointer, first, codes, PAD, PARTS)
     # [CODES]
     half_norm = tl.load(half_norm_pointer + first + codes)
     if code_gradient_pointer is not None:
@@ -155,9 +155,9 @@ def _code_sweep_kernel(
     if largest_pointer is not None:
         operand_scale = scale_of(tl.load(largest_pointer + head))
 
-    # Σ_n over this range: of e or else p, [CODES]; of p·g and e·z, [CODES, PAD]
+    # Σ_n over this range: of e or else p, [CODES]; of p·g and e·z, [CODES, WIDTH]
     column = tl.zeros([CODES], tl.float32)
-    sums = tl.zeros([CODES, PAD], tl.float32)
+    sums = tl.zeros([CODES, WIDTH], tl.float32)
     begin = split_index.to(tl.int64) * rows_per_split
     end = tl.minimum(begin + rows_per_split, rows)
     z_pointer += head * head_stride
@@ -168,39 +168,46 @@ def _code_sweep_kernel(
         grad_entropy_pointer += head * rows
     if values_pointer is not None:
         values_pointer += head * values_head_stride
-    for done in tl.range(0, (end - begin).to(tl.int32), ROWS, num_stages=STAGES):
+    for done in tl.range(
+        0, (end - begin).to(tl.int32), ROWS, num_stages=STAGES, disable_licm=PARTS > 1
+    ):
         start = begin + done
         first_row = tile_start(start, rows, ROWS, WHOLE_TILES)
         row = first_row + tl.arange(0, ROWS)
         mask = (row >= start) & (row < end)
         rows_left = ROWS if WHOLE_TILES else rows
-        # [ROWS, PAD]
-        z = load_rows(z_pointer + first_row * row_stride, row_stride, rows_left, ROWS, DIM, PAD)
-        z_high, z_low, z_scale = as_operand(z, mean_pointer, SPLIT_LATENTS, OPERAND)
+        # of each part [ROWS, WIDTH]
+        z_high, z_low, z_scale, _ = load_operand(
+            *(z_pointer + first_row * row_stride, row_stride, rows_left, mean_pointer),
+            *(SPLIT_LATENTS, OPERAND, ROWS, DIM, PAD, PARTS),
+        )
         # [ROWS]; where nothing counts every weight is 0, and finite the score it is multiplied with
         best = tl.load(row_state_pointer + row, mask=mask, other=tl.minimum(1e37 / scale, 1e37))
         inverse_total = tl.load(row_state_pointer + heads * rows + row, mask=mask, other=0.0)
         # [CODES, ROWS]
         zeros = tl.zeros([CODES, ROWS], tl.float32)
-        product = split_dot(code, code_low, z_high.T, z_low.T, zeros, SPLIT_CODEBOOK, SPLIT_LATENTS)
+        product = score_product(code, code_low, z_high, z_low, zeros, SPLIT_CODEBOOK, SPLIT_LATENTS)
         score = tl.fma(product, (z_scale / unit)[None, :], -half_norm[:, None])
         relative = relative_scores(score, best[None, :], scale, OPERAND)
         p = tl.exp2(relative) * inverse_total[None, :]
 
         if values_pointer is not None:
-            # [ROWS, PAD]
-            values = load_rows(values_pointer + first_row * values_row_stride, values_row_stride,
-                               rows_left, ROWS, DIM, PAD)  # fmt: skip
-            value, value_low, value_scale = as_operand(values, None, SPLIT_ALL, OPERAND)
+            # of each part [ROWS, WIDTH]
+            value, value_low, value_scale, _ = load_operand(
+                *(values_pointer + first_row * values_row_stride, values_row_stride, rows_left),
+                *(None, SPLIT_ALL, OPERAND, ROWS, DIM, PAD, PARTS),
+            )
             factor = (value_scale / operand_scale)[None, :]
             p_high, p_low = weights_operand(p, factor, SPLIT_ALL, OPERAND)
-            sums = split_dot(p_high, p_low, value, value_low, sums, SPLIT_ALL, SPLIT_ALL)
+            sums = split_dot(
+                p_high, p_low, value[PART], value_low[PART], sums, SPLIT_ALL, SPLIT_ALL
+            )
         if row_shift_pointer is not None:
             # [CODES, ROWS]: (2/T)(a_nk − δ_n + λ_n), the factor costs nothing inside the fma
             row_shift = tl.load(row_shift_pointer + row, mask=mask, other=0.0)
             rise = -row_shift[None, :]
             if values_pointer is not None:
-                along = split_dot(code, code_low, value.T, value_low.T, zeros, SPLIT_ALL, SPLIT_ALL)
+                along = score_product(code, code_low, value, value_low, zeros, SPLIT_ALL, SPLIT_ALL)
                 factor = 2.0 * inverse_temperature * unit * value_scale
                 rise = tl.fma(along, factor[None, :], rise)
             if code_gradient_pointer is not None:
@@ -213,7 +220,9 @@ def _code_sweep_kernel(
             column += tl.sum(gradient, 1)
             factor = (z_scale / operand_scale)[None, :]
             gradient, gradient_low = weights_operand(gradient, factor, SPLIT_ALL, OPERAND)
-            sums = split_dot(gradient, gradient_low, z_high, z_low, sums, SPLIT_ALL, SPLIT_ALL)
+            sums = split_dot(
+                gradient, gradient_low, z_high[PART], z_low[PART], sums, SPLIT_ALL, SPLIT_ALL
+            )
         elif values_pointer is None:
             column += tl.sum(p, 1)
 
@@ -223,11 +232,11 @@ def _code_sweep_kernel(
     else:
         column *= -unit
         MOVES: tl.constexpr = row_shift_pointer is not None
-        high_pointer += first * PAD
+        high_pointer += first * PAD + FIRST
         if SPLIT_CODEBOOK:
-            low_pointer += first * PAD
+            low_pointer += first * PAD + FIRST
         store_with_terms(
-            *(partial_pointer + out * PAD, PAD, CODES, sums * operand_scale),
-            *(column, high_pointer, PAD, column, low_pointer, PAD, None, CODES, PAD, PAD),
+            *(partial_pointer + out * PAD + FIRST, PAD, CODES, sums * operand_scale),
+            *(column, high_pointer, PAD, column, low_pointer, PAD, None, CODES, WIDTH, WIDTH),
             *(MOVES, MOVES and SPLIT_CODEBOOK),
         )

@@ -10,14 +10,8 @@ from torch import Tensor
 from softvq.kernels import tiles
 from softvq.kernels.arithmetic import Arithmetic
 from softvq.kernels.lanes import best_quad, lane_order, lane_sum, nearest_of_quad
-from softvq.kernels.memory import (
-    as_operand,
-    load_codes,
-    load_mean,
-    load_rows,
-    store_rows,
-    tile_start,
-)
+from softvq.kernels.memory import load_mean, store_rows, tile_start
+from softvq.kernels.operands import load_codes, load_operand, score_product
 from softvq.kernels.primitives import (
     LN_2,
     LOG2_E,
@@ -25,7 +19,6 @@ from softvq.kernels.primitives import (
     WEIGHT_SCALE,
     add_product,
     relative_scores,
-    split_dot,
     weights_operand,
 )
 from softvq.kernels.prologue import PreparedCodebook
@@ -50,7 +43,7 @@ def launch(
     quantize: bool,
 ) -> SoftForward:
     """z (H, N, D) with unit stride along D; `quantize=False` skips the second product."""
-    heads, rows, dim = z.shape
+    heads, rows, _ = z.shape
     row = z.new_empty((heads, rows), dtype=torch.float32)
     out = SoftForward(
         z.new_empty(z.shape) if quantize else None,
@@ -61,19 +54,16 @@ def launch(
     )
 
     def run(tile: tiles.Tile):
-        compiled = _forward_kernel[(triton.cdiv(rows, tile.rows), heads)](
-            *(z, *prepared, temperature, *out),
-            *(z.stride(0), z.stride(1), rows, codes, prepared.high.shape[1]),
-            SPLIT_LATENTS=how.split_latents,
-            SPLIT_ALL=how.split_all,
-            WHOLE_TILES=rows >= tile.rows,
-            DIM=dim,
-            PAD=tiles.padded_dim(dim),
-            ROWS=tile.rows,
-            CODES=tile.codes,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
-        )
+        # The first part leaves what belongs to rows, the others nothing but their columns of q.
+        columns = SoftForward(out.quantized, None, None, None, None)
+        compiled = [
+            _forward_kernel[(triton.cdiv(rows, tile.rows), heads)](
+                *(z, *prepared, temperature, *(out if part == 0 else columns)),
+                *(z.stride(0), z.stride(1), rows, codes, prepared.high.shape[1]),
+                **tiles.constants(tile, part, how, z),
+            )
+            for part in range(tile.parts if quantize else 1)
+        ]
         return compiled, out
 
     if rows:
@@ -91,7 +81,7 @@ def _forward_kernel(
     scale_pointer,
     temperature_pointer,
     quantized_pointer,
-    indices_pointer,
+    indices_pointer,  # from here to row_state, None where another launch leaves them
     log_partition_pointer,
     entropy_pointer,
     row_state_pointer,
@@ -105,6 +95,8 @@ def _forward_kernel(
     WHOLE_TILES: tl.constexpr,
     DIM: tl.constexpr,
     PAD: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     CODES: tl.constexpr,
     STAGES: tl.constexpr,
@@ -116,6 +108,8 @@ def _forward_kernel(
     inverse_temperature = 1.0 / tl.load(temperature_pointer).to(tl.float32)
     OPERAND: tl.constexpr = high_pointer.dtype.element_ty
     SPLIT_CODEBOOK: tl.constexpr = low_pointer is not None
+    WIDTH: tl.constexpr = PAD // PARTS
+    FIRST: tl.constexpr = PART * WIDTH
     unit = 1.0  # of the prepared codes
     high_pointer += head * padded_codes * PAD
     half_norm_pointer += head * padded_codes
@@ -127,27 +121,29 @@ def _forward_kernel(
         unit = tl.load(scale_pointer + head)
     scale = 2.0 * LOG2_E * inverse_temperature * unit * unit
 
-    # [ROWS, PAD]
+    # of each part [ROWS, WIDTH]
     z_pointer += head * head_stride + start * row_stride
-    z = load_rows(z_pointer, row_stride, rows_left, ROWS, DIM, PAD)
-    z_high, z_low, z_scale = as_operand(z, mean_pointer, SPLIT_LATENTS, OPERAND)
+    z_high, z_low, z_scale, _ = load_operand(
+        *(z_pointer, row_stride, rows_left, mean_pointer),
+        *(SPLIT_LATENTS, OPERAND, ROWS, DIM, PAD, PARTS),
+    )
     best = tl.full([ROWS], LOWEST, tl.float32)
     # [ROWS, 8], by lane
     total = tl.zeros([ROWS, 8], tl.float32)
     weighted = tl.zeros([ROWS, 8], tl.float32)
     lane_best = tl.full([ROWS, 8], LOWEST, tl.float32)
     best_block = tl.zeros([ROWS, 8], tl.int32)
-    # [ROWS, PAD]
-    sums = tl.zeros([ROWS, PAD], tl.float32)
+    # [ROWS, WIDTH]
+    sums = tl.zeros([ROWS, WIDTH], tl.float32)
     order = lane_order(CODES)
-    for first in tl.range(0, padded_codes, CODES, num_stages=STAGES):
-        # [CODES, PAD]
-        code, code_low = load_codes(high_pointer, low_pointer, first, order, PAD)
+    for first in tl.range(0, padded_codes, CODES, num_stages=STAGES, disable_licm=PARTS > 1):
+        # of each part [CODES, WIDTH]
+        code, code_low = load_codes(high_pointer, low_pointer, first, order, PAD, PARTS)
         # [CODES]
         half_norm = tl.load(half_norm_pointer + first + order)
         # [ROWS, CODES]
         zeros = tl.zeros([ROWS, CODES], tl.float32)
-        product = split_dot(z_high, z_low, code.T, code_low.T, zeros, SPLIT_LATENTS, SPLIT_CODEBOOK)
+        product = score_product(z_high, z_low, code, code_low, zeros, SPLIT_LATENTS, SPLIT_CODEBOOK)
         scores = tl.fma(product, (z_scale / unit)[:, None], -half_norm[None, :])
         # [ROWS, 8]; the strict comparison keeps the lowest index of a tie
         tile_best, block = best_quad(scores)
@@ -169,35 +165,44 @@ def _forward_kernel(
         if quantized_pointer is not None:
             weights, weights_low = weights_operand(weights, WEIGHT_SCALE, SPLIT_ALL, OPERAND)
             sums = add_product(
-                sums, factor[:, None], weights, weights_low, code, code_low, SPLIT_ALL
+                sums, factor[:, None], weights, weights_low, code[PART], code_low[PART], SPLIT_ALL
             )
 
     # [ROWS]: the lanes meet
     total, weighted = tl.sum(total, 1), tl.sum(weighted, 1)
     row = head * rows + start
     if quantized_pointer is not None:
-        # [ROWS, PAD]
+        # [ROWS, WIDTH]
         quantized = sums / total[:, None]
         if OPERAND == tl.float16:
             quantized *= unit / WEIGHT_SCALE
         if mean_pointer is not None:
-            quantized += load_mean(mean_pointer, PAD, LAST=True)
-        store_rows(quantized_pointer + row * DIM, DIM, rows_left, quantized, ROWS, DIM, PAD)
+            quantized += load_mean(mean_pointer + FIRST, WIDTH, LAST=True)
+        store_rows(
+            quantized_pointer + row * DIM + FIRST,
+            DIM,
+            rows_left,
+            quantized,
+            ROWS,
+            DIM - FIRST,
+            WIDTH,
+        )
 
-    index, squared_distance = nearest_of_quad(
-        *(z_pointer, row_stride, rows_left, lane_best, best_block),
-        *(high_pointer, low_pointer, mean_pointer, unit, codes, DIM, PAD),
-    )
-    log_total = tl.log2(total)
-    # The best score is the nearest code's.
-    residue = relative_scores(best, best, scale, OPERAND)
-    log_partition = LN_2 * (log_total - residue) - squared_distance * inverse_temperature
-    entropy = LN_2 * (log_total - weighted / total)
-    offsets = tl.arange(0, ROWS)
-    mask = offsets < rows_left
-    tl.store(log_partition_pointer + row + offsets, log_partition, mask=mask)
-    tl.store(entropy_pointer + row + offsets, entropy, mask=mask)
-    tl.store(indices_pointer + row + offsets, index.to(tl.int64), mask=mask)
-    tl.store(row_state_pointer + row + offsets, best, mask=mask)
-    heads = tl.num_programs(1).to(tl.int64)
-    tl.store(row_state_pointer + heads * rows + row + offsets, 1.0 / total, mask=mask)
+    if indices_pointer is not None:
+        index, squared_distance = nearest_of_quad(
+            *(z_pointer, row_stride, rows_left, lane_best, best_block),
+            *(high_pointer, low_pointer, mean_pointer, unit, codes, DIM, PAD),
+        )
+        log_total = tl.log2(total)
+        # The best score is the nearest code's.
+        residue = relative_scores(best, best, scale, OPERAND)
+        log_partition = LN_2 * (log_total - residue) - squared_distance * inverse_temperature
+        entropy = LN_2 * (log_total - weighted / total)
+        offsets = tl.arange(0, ROWS)
+        mask = offsets < rows_left
+        tl.store(log_partition_pointer + row + offsets, log_partition, mask=mask)
+        tl.store(entropy_pointer + row + offsets, entropy, mask=mask)
+        tl.store(indices_pointer + row + offsets, index.to(tl.int64), mask=mask)
+        tl.store(row_state_pointer + row + offsets, best, mask=mask)
+        heads = tl.num_programs(1).to(tl.int64)
+        tl.store(row_state_pointer + heads * rows + row + offsets, 1.0 / total, mask=mask)

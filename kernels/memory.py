@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from softvq.kernels.primitives import round_to, scale_of, split
+from softvq.kernels.primitives import round_to
 
 
 @triton.jit
@@ -97,56 +97,10 @@ def row_dots(
 
 
 @triton.jit
-def load_codes(
-    high_pointer: tl.tensor,
-    low_pointer: tl.tensor | None,
-    first: tl.tensor,
-    codes: tl.tensor,
-    PAD: tl.constexpr,
-    LAST: tl.constexpr = False,
-) -> tuple[tl.tensor, tl.tensor]:
-    """Codes first + codes [CODES] of a prepared codebook, high and low part, each [CODES, PAD].
-
-    It is padded, hence no mask; `low` repeats `high` where there is none. LAST as in `load_rows`.
-    """
-    policy: tl.constexpr = "evict_first" if LAST else ""
-    offsets = codes[:, None] * PAD + tl.arange(0, PAD)[None, :]
-    high = tl.load(high_pointer + first * PAD + offsets, eviction_policy=policy)
-    if low_pointer is not None:
-        return high, tl.load(low_pointer + first * PAD + offsets, eviction_policy=policy)
-    return high, high
-
-
-@triton.jit
 def load_mean(pointer: tl.tensor, PAD: tl.constexpr, LAST: tl.constexpr = False) -> tl.tensor:
     """The codebook's mean, [1, PAD]. LAST as in `load_rows`: nobody holds it meanwhile."""
     policy: tl.constexpr = "evict_first" if LAST else ""
     return tl.load(pointer + tl.arange(0, PAD), eviction_policy=policy)[None, :]
-
-
-@triton.jit
-def as_operand(
-    x: tl.tensor, mean_pointer: tl.tensor | None, SPLIT: tl.constexpr, DTYPE: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Rows ready to be multiplied: x − mean = scale · (high + low).
-
-    x [ROWS, PAD]; high and low are of DTYPE, and `low` repeats `high` unless SPLIT. scale [ROWS] is
-    a power of two for float16, and 1 for bfloat16, which needs none.
-    """
-    scale = tl.full([x.shape[0]], 1.0, tl.float32)
-    if mean_pointer is not None:
-        x = x.to(tl.float32) - load_mean(mean_pointer, x.shape[1])
-    if DTYPE == tl.float16:
-        x = x.to(tl.float32)
-        scale = scale_of(tl.max(tl.abs(x), 1))
-        x /= scale[:, None]
-    if x.dtype == DTYPE:
-        return x, x, scale
-    if SPLIT:
-        high, low = split(x, DTYPE)
-        return high, low, scale
-    high = round_to(x.to(tl.float32), DTYPE)
-    return high, high, scale
 
 
 @triton.jit

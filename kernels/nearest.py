@@ -15,8 +15,9 @@ from torch import Tensor
 from softvq.kernels import tiles
 from softvq.kernels.arithmetic import Arithmetic
 from softvq.kernels.lanes import best_quad, lane_order, nearest_of_quad
-from softvq.kernels.memory import as_operand, load_codes, load_rows, tile_start
-from softvq.kernels.primitives import LOWEST, split_dot
+from softvq.kernels.memory import tile_start
+from softvq.kernels.operands import load_codes, load_operand, score_product
+from softvq.kernels.primitives import LOWEST
 from softvq.kernels.prologue import prepare
 
 Precision = Literal["highest", "high", "medium"]
@@ -50,7 +51,7 @@ def nearest(z: Tensor, codebook: Tensor, precision: Precision = "highest") -> Te
             STAGES=tile.stages,
             num_warps=tile.warps,
         )
-        return compiled, indices
+        return [compiled], indices
 
     with torch.cuda.device_of(z):
         prepared = prepare(codebook, how)
@@ -95,8 +96,10 @@ def _nearest_kernel(
 
     # [ROWS, PAD]
     z_pointer += head * head_stride + start * row_stride
-    z = load_rows(z_pointer, row_stride, rows_left, ROWS, DIM, PAD)
-    z_high, z_low, z_scale = as_operand(z, mean_pointer, SPLIT, tl.float16)
+    z_high, z_low, z_scale, _ = load_operand(
+        *(z_pointer, row_stride, rows_left, mean_pointer),
+        *(SPLIT, tl.float16, ROWS, DIM, PAD, 1),
+    )
 
     # [ROWS, 8], by lane
     best = tl.full([ROWS, 8], LOWEST, tl.float32)
@@ -104,12 +107,12 @@ def _nearest_kernel(
     order = lane_order(CODES)
     for first in tl.range(0, padded_codes, CODES, num_stages=STAGES):
         # [CODES, PAD]
-        code, code_low = load_codes(high_pointer, low_pointer, first, order, PAD)
+        code, code_low = load_codes(high_pointer, low_pointer, first, order, PAD, 1)
         # [CODES]
         half_norm = tl.load(half_norm_pointer + first + order)
         # [ROWS, CODES]
         product = tl.zeros([ROWS, CODES], tl.float32)
-        product = split_dot(z_high, z_low, code.T, code_low.T, product, SPLIT, SPLIT)
+        product = score_product(z_high, z_low, code, code_low, product, SPLIT, SPLIT)
         scores = tl.fma(product, (z_scale / unit)[:, None], -half_norm[None, :])
         # [ROWS, 8]; the strict comparison keeps the lowest index of a tie
         tile_best, block = best_quad(scores)

@@ -104,6 +104,19 @@ def scale_of(largest: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def as_operand(
+    x: tl.tensor, SPLIT: tl.constexpr, DTYPE: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """x as a matrix unit takes it, high and low; `low` repeats `high` unless SPLIT."""
+    if x.dtype == DTYPE:
+        return x, x
+    if SPLIT:
+        return split(x, DTYPE)
+    high = round_to(x.to(tl.float32), DTYPE)
+    return high, high
+
+
+@triton.jit
 def weights_operand(
     x: tl.tensor, factor: tl.tensor, SPLIT: tl.constexpr, DTYPE: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
@@ -113,10 +126,7 @@ def weights_operand(
     """
     if DTYPE == tl.float16:
         x *= factor
-    if SPLIT:
-        return split(x, DTYPE)
-    high = round_to(x, DTYPE)
-    return high, high
+    return as_operand(x, SPLIT, DTYPE)
 
 
 @triton.jit

@@ -49,6 +49,7 @@ def prepare(codebook: Tensor, how: Arithmetic) -> PreparedCodebook:
         DIM=dim,
         PAD=pad,
         CODES=_CODES,
+        num_warps=max(4, pad // 32),
     )
     return PreparedCodebook(high, low, half_norm, mean, scale)
 

@@ -13,15 +13,8 @@ from torch import Tensor
 
 from softvq.kernels import tiles
 from softvq.kernels.arithmetic import Arithmetic
-from softvq.kernels.memory import (
-    as_operand,
-    load_codes,
-    load_rows,
-    row_dots,
-    squared_distances,
-    store_with_terms,
-    tile_start,
-)
+from softvq.kernels.memory import row_dots, squared_distances, store_with_terms, tile_start
+from softvq.kernels.operands import load_codes, load_operand, score_product
 from softvq.kernels.primitives import (
     LARGEST,
     LN_2,
@@ -30,7 +23,6 @@ from softvq.kernels.primitives import (
     dot,
     relative_scores,
     scale_of,
-    split_dot,
     weights_operand,
 )
 from softvq.kernels.prologue import PreparedCodebook
@@ -63,7 +55,7 @@ def launch(
     """z and grad_quantized (H, N, D) with unit stride along D; quantized (H, N, D) and gradients of
     rows (H, N) contiguous; indices and row_state the forward's; code_gradient (H, padded K) is υ/N.
     """
-    (heads, rows, dim), padded_codes = z.shape, prepared.high.shape[1]
+    (heads, rows, _), padded_codes = z.shape, prepared.high.shape[1]
     row_shift = z.new_empty((heads, rows), dtype=torch.float32)
     grad_z = z.new_empty(z.shape) if needs_z else None
     largest_usage = None
@@ -77,23 +69,19 @@ def launch(
         by_block = {"size": (heads, blocks + 1), "dtype": torch.float32}
         grad_temperature = z.new_zeros(**by_block) if needs_temperature else None
         largest = None if prepared.scale is None else z.new_zeros(**by_block)
-        compiled = None
-        if rows:
-            compiled = _row_gradients_kernel[(blocks, heads)](
+        of_rows = (grad_temperature, row_shift, largest)
+        # The first part leaves them; the others have nothing but their columns of dz.
+        compiled = [
+            _row_gradients_kernel[(blocks, heads)](
                 *(z, *prepared, temperature, quantized, indices, row_state),
                 *(grad_quantized, grad_log_partition, grad_entropy, code_gradient, largest_usage),
-                *(grad_z, grad_temperature, row_shift, largest),
+                *(grad_z, *(of_rows if part == 0 else (None,) * 3)),
                 *(*z.stride()[:2], *strides, rows, padded_codes),
-                SPLIT_LATENTS=how.split_latents,
-                SPLIT_ALL=how.split_all,
-                WHOLE_TILES=rows >= tile.rows,
-                DIM=dim,
-                PAD=tiles.padded_dim(dim),
-                ROWS=tile.rows,
-                CODES=tile.codes,
-                STAGES=tile.stages,
-                num_warps=tile.warps,
+                **tiles.constants(tile, part, how, z),
             )
+            for part in range(tile.parts if needs_z else 1)
+            if rows
+        ]
         return compiled, RowGradients(
             grad_z,
             None if grad_temperature is None else grad_temperature.sum(),
@@ -140,6 +128,8 @@ def _row_gradients_kernel(
     WHOLE_TILES: tl.constexpr,
     DIM: tl.constexpr,
     PAD: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     CODES: tl.constexpr,
     STAGES: tl.constexpr,
@@ -152,6 +142,8 @@ def _row_gradients_kernel(
     inverse_temperature = 1.0 / tl.load(temperature_pointer).to(tl.float32)
     OPERAND: tl.constexpr = high_pointer.dtype.element_ty
     SPLIT_CODEBOOK: tl.constexpr = low_pointer is not None
+    WIDTH: tl.constexpr = PAD // PARTS
+    FIRST: tl.constexpr = PART * WIDTH
     unit = 1.0  # of the prepared codes
     high_pointer += head * padded_codes * PAD
     half_norm_pointer += head * padded_codes
@@ -168,10 +160,12 @@ def _row_gradients_kernel(
     mask = offsets < rows_left
     row = head * rows + start + offsets
 
-    # [ROWS, PAD]
+    # of each part [ROWS, WIDTH]
     z_pointer += head * head_stride + start * row_stride
-    z = load_rows(z_pointer, row_stride, rows_left, ROWS, DIM, PAD)
-    z_high, z_low, z_scale = as_operand(z, mean_pointer, SPLIT_LATENTS, OPERAND)
+    z_high, z_low, z_scale, _ = load_operand(
+        *(z_pointer, row_stride, rows_left, mean_pointer),
+        *(SPLIT_LATENTS, OPERAND, ROWS, DIM, PAD, PARTS),
+    )
     quantized_pointer += (head * rows + start) * DIM
     # [ROWS]; past the end every weight is 0, and finite the score it is multiplied with
     best = tl.load(row_state_pointer + row, mask=mask, other=tl.minimum(1e37 / scale, 1e37))
@@ -186,10 +180,12 @@ def _row_gradients_kernel(
             *(grad_quantized_pointer, grad_row_stride, quantized_pointer, DIM, mean_pointer),
             *(rows_left, ROWS, DIM, PAD),
         )
-        # [ROWS, PAD]
-        grad = load_rows(grad_quantized_pointer, grad_row_stride, rows_left, ROWS, DIM, PAD)
-        grad_high, grad_low, grad_scale = as_operand(grad, None, SPLIT_ALL, OPERAND)
-        bound += 4.0 * LARGEST * unit * tl.sum(tl.abs(grad.to(tl.float32)), 1)
+        # of each part [ROWS, WIDTH]
+        grad_high, grad_low, grad_scale, grad_total = load_operand(
+            *(grad_quantized_pointer, grad_row_stride, rows_left, None),
+            *(SPLIT_ALL, OPERAND, ROWS, DIM, PAD, PARTS),
+        )
+        bound += 4.0 * LARGEST * unit * grad_total
     if grad_entropy_pointer is not None:
         entropy_factor = LN_2 * tl.load(grad_entropy_pointer + row, mask=mask, other=0.0)
         bound += tl.abs(entropy_factor)  # x·2^x is above −0.54
@@ -204,17 +200,17 @@ def _row_gradients_kernel(
     gradient_score = tl.zeros([ROWS], tl.float32)
     mean_score = tl.zeros([ROWS], tl.float32)
     largest = tl.zeros([ROWS], tl.float32)
-    # [ROWS, PAD]
-    pull = tl.zeros([ROWS, PAD], tl.float32)
+    # [ROWS, WIDTH]
+    pull = tl.zeros([ROWS, WIDTH], tl.float32)
     tile_codes = tl.arange(0, CODES)
-    for first in tl.range(0, padded_codes, CODES, num_stages=STAGES):
-        # [CODES, PAD]
-        code, code_low = load_codes(high_pointer, low_pointer, first, tile_codes, PAD)
+    for first in tl.range(0, padded_codes, CODES, num_stages=STAGES, disable_licm=PARTS > 1):
+        # of each part [CODES, WIDTH]
+        code, code_low = load_codes(high_pointer, low_pointer, first, tile_codes, PAD, PARTS)
         # [CODES]
         half_norm = tl.load(half_norm_pointer + first + tile_codes)
         # [ROWS, CODES]
         zeros = tl.zeros([ROWS, CODES], tl.float32)
-        product = split_dot(z_high, z_low, code.T, code_low.T, zeros, SPLIT_LATENTS, SPLIT_CODEBOOK)
+        product = score_product(z_high, z_low, code, code_low, zeros, SPLIT_LATENTS, SPLIT_CODEBOOK)
         score = tl.fma(product, (z_scale / unit)[:, None], -half_norm[None, :])
         relative = relative_scores(score, best[:, None], scale, OPERAND)
         weights = tl.exp2(relative)
@@ -222,7 +218,7 @@ def _row_gradients_kernel(
         # [ROWS, CODES]: a_nk − δ_n
         rise = zeros
         if grad_quantized_pointer is not None:
-            along = split_dot(grad_high, grad_low, code.T, code_low.T, zeros, SPLIT_ALL, SPLIT_ALL)
+            along = score_product(grad_high, grad_low, code, code_low, zeros, SPLIT_ALL, SPLIT_ALL)
             rise = along * (grad_scale * unit)[:, None]
         if code_gradient_pointer is not None:
             rise += tl.load(code_gradient_pointer + first + tile_codes)[None, :]
@@ -240,17 +236,20 @@ def _row_gradients_kernel(
                 gradient, (1.0 / operand_scale)[:, None], SPLIT_ALL, OPERAND
             )
             if z_pointer.dtype.element_ty == tl.bfloat16:
-                pull = dot(gradient, code, pull)
+                pull = dot(gradient, code[PART], pull)
             else:
                 one = tl.full([1, 1], 1.0, tl.float32)
-                pull = add_product(pull, one, gradient, gradient_low, code, code_low, SPLIT_ALL)
+                pull = add_product(
+                    pull, one, gradient, gradient_low, code[PART], code_low[PART], SPLIT_ALL
+                )
 
     sigma *= inverse_total
     shift = delta + sigma
     if grad_log_partition_pointer is not None:
         grad_log_partition = tl.load(grad_log_partition_pointer + row, mask=mask, other=0.0)
         shift -= grad_log_partition
-    tl.store(row_shift_pointer + row, 2.0 * inverse_temperature * shift, mask=mask)
+    if row_shift_pointer is not None:
+        tl.store(row_shift_pointer + row, 2.0 * inverse_temperature * shift, mask=mask)
 
     if largest_pointer is not None:
         # [ROWS]: dC adds up p·g and e·z; no p or e has a larger factor before the scaled g or z
@@ -284,8 +283,11 @@ def _row_gradients_kernel(
         if WITH_Z:
             along_z = -2.0 * inverse_temperature * grad_log_partition
             along_quantized -= along_z
+        if mean_pointer is not None:
+            mean_pointer += FIRST
         store_with_terms(
-            *(grad_z_pointer + (head * rows + start) * DIM, DIM, rows_left),
-            *(pull * factor[:, None], along_quantized, quantized_pointer, DIM),
-            *(along_z, z_pointer, row_stride, mean_pointer, ROWS, DIM, PAD, True, WITH_Z),
+            *(grad_z_pointer + (head * rows + start) * DIM + FIRST, DIM, rows_left),
+            *(pull * factor[:, None], along_quantized, quantized_pointer + FIRST, DIM),
+            *(along_z, z_pointer + FIRST, row_stride, mean_pointer),
+            *(ROWS, DIM - FIRST, WIDTH, True, WITH_Z),
         )

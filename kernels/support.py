@@ -2,13 +2,11 @@
 
 import importlib.util
 import os
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from softvq.kernels import tiles
-from softvq.kernels.arithmetic import arithmetic
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _LEAST_CAPABILITY = 8  # from there on matrix units take bfloat16
@@ -40,11 +38,6 @@ def soft_obstacle(z: Tensor, codebook: Tensor) -> str | None:
     return obstacle(z)
 
 
-def too_wide(
-    kernel: Literal["forward", "nearest"], z: Tensor, codebook: Tensor, precision: str | None
-) -> bool:
-    """Whether codes have so many elements that the kernels run out of registers."""
-    operands = "split"  # the most that the nearest code needs
-    if kernel == "forward":
-        operands = arithmetic(z.dtype, codebook.dtype, precision or "highest").operands
-    return z.shape[-1] > tiles.widest(kernel, operands, tiles.architecture(z.device))
+def too_wide(z: Tensor) -> bool:
+    """Whether the kernels have no tiles for rows of so many elements."""
+    return z.shape[-1] > tiles.WIDEST

@@ -26,6 +26,7 @@ Kernel = Literal[
 # on, where both operands of a product pass through registers, which small tiles must spare.
 Architecture = Literal["hopper", "blackwell", "ampere"]
 
+WIDEST = 256  # the largest D of the tables
 CODE_MULTIPLE = 128  # codebooks are padded to a multiple of the largest tile
 
 
@@ -36,83 +37,94 @@ class Tile(NamedTuple):
     codes: int
     warps: int
     stages: int = 2
+    parts: int = 1  # of the output's columns, each left by a launch of its own: operands.py
 
 
-# For padded D up to 64, 128 and, where a tile without spills is known, 256.
-Row = tuple[Tile, ...]
+# For padded D up to 64, 128 and WIDEST.
+Row = tuple[Tile, Tile, Tile]
 Table = dict[tuple[Kernel, Operands], Row]
 _HOPPER: Table = {
     ("forward", "bfloat16"): (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 64, 4)),
     ("forward", "mixed"): (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 32, 4)),
-    ("forward", "converted"): (Tile(64, 128, 4), Tile(64, 128, 4)),
-    ("forward", "high"): (Tile(64, 128, 4), Tile(64, 128, 4)),
-    ("forward", "split"): (Tile(64, 64, 4), Tile(64, 32, 4, 1)),
+    ("forward", "converted"): (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 64, 4, 1, 2)),
+    ("forward", "high"): (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 32, 4, 1, 2)),
+    ("forward", "split"): (Tile(64, 64, 4), Tile(64, 32, 4, 1), Tile(64, 128, 4, 1, 2)),
     ("row_gradients", "bfloat16"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 32, 4)),
     ("row_gradients", "mixed"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 32, 4)),
-    ("row_gradients", "converted"): (Tile(64, 64, 4), Tile(64, 64, 4)),
-    ("row_gradients", "high"): (Tile(64, 64, 4), Tile(64, 64, 4)),
-    ("row_gradients", "split"): (Tile(64, 64, 4), Tile(64, 64, 4)),
+    ("row_gradients", "converted"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4, 1, 2)),
+    ("row_gradients", "high"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 32, 4, 1, 2)),
+    ("row_gradients", "split"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 32, 4, 1, 2)),
     ("row_gradients, all", "bfloat16"): (Tile(64, 64, 4), Tile(128, 64, 8), Tile(128, 32, 8)),
     ("row_gradients, all", "mixed"): (Tile(64, 64, 4), Tile(128, 64, 8), Tile(128, 32, 8)),
-    ("row_gradients, all", "converted"): (Tile(64, 64, 4), Tile(64, 32, 4)),
-    ("row_gradients, all", "high"): (Tile(64, 64, 4), Tile(64, 32, 4)),
-    ("row_gradients, all", "split"): (Tile(64, 64, 4), Tile(64, 32, 4)),
+    ("row_gradients, all", "converted"): (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 64, 4, 1, 2)),
+    ("row_gradients, all", "high"): (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 64, 8, 1, 2)),
+    ("row_gradients, all", "split"): (Tile(64, 64, 4), Tile(64, 32, 4), Tile(16, 64, 8, 1, 2)),
     ("code_sweep", "bfloat16"): (Tile(128, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
     ("code_sweep", "mixed"): (Tile(128, 64, 4), Tile(64, 64, 4), Tile(32, 128, 8)),
-    ("code_sweep", "converted"): (Tile(64, 128, 8), Tile(64, 128, 8)),
-    ("code_sweep", "high"): (Tile(64, 128, 8), Tile(64, 128, 8)),
-    ("code_sweep", "split"): (Tile(64, 128, 8), Tile(16, 128, 8, 1)),
+    ("code_sweep", "converted"): (Tile(64, 128, 8), Tile(64, 128, 8), Tile(32, 128, 8, 1, 2)),
+    ("code_sweep", "high"): (Tile(64, 128, 8), Tile(64, 128, 8), Tile(32, 128, 8, 1, 2)),
+    ("code_sweep", "split"): (Tile(64, 128, 8), Tile(16, 128, 8, 1), Tile(16, 128, 8, 1, 2)),
     ("code_sweep, all", "bfloat16"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
     ("code_sweep, all", "mixed"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 128, 8)),
-    ("code_sweep, all", "converted"): (Tile(64, 128, 8), Tile(32, 128, 8)),
-    ("code_sweep, all", "high"): (Tile(64, 128, 8), Tile(32, 128, 8)),
-    ("code_sweep, all", "split"): (Tile(32, 128, 8), Tile(16, 128, 8, 1)),
+    ("code_sweep, all", "converted"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(32, 128, 8, 1, 2)),
+    ("code_sweep, all", "high"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(32, 128, 8, 1, 2)),
+    ("code_sweep, all", "split"): (Tile(32, 128, 8), Tile(16, 128, 8, 1), Tile(16, 128, 8, 1, 2)),
     ("nearest", "converted"): (Tile(128, 128, 8), Tile(128, 128, 8), Tile(128, 128, 8)),
     ("nearest", "split"): (Tile(128, 128, 8), Tile(128, 128, 8), Tile(64, 64, 4)),
 }
 _BLACKWELL: Table = _HOPPER | {
     ("forward", "bfloat16"): (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 64, 8)),
     ("forward", "mixed"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 64, 8)),
-    ("forward", "converted"): (Tile(64, 128, 4), Tile(64, 64, 4)),
-    ("forward", "high"): (Tile(64, 128, 4), Tile(64, 64, 4)),
-    ("forward", "split"): (Tile(64, 64, 4), Tile(64, 32, 4)),
+    ("forward", "converted"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 128, 4, 1, 2)),
+    ("forward", "high"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 64, 4, 1, 2)),
+    ("forward", "split"): (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 64, 4, 1, 2)),
     ("row_gradients", "bfloat16"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
     ("row_gradients", "mixed"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
-    ("row_gradients", "split"): (Tile(64, 64, 4), Tile(64, 32, 8)),
+    ("row_gradients", "split"): (Tile(64, 64, 4), Tile(64, 32, 8), Tile(64, 64, 8, 1, 2)),
     ("row_gradients, all", "bfloat16"): (Tile(64, 64, 4), Tile(128, 64, 8), Tile(64, 32, 4)),
     ("row_gradients, all", "mixed"): (Tile(64, 64, 4), Tile(128, 64, 8), Tile(64, 32, 4)),
-    ("row_gradients, all", "split"): (Tile(64, 64, 4, 1), Tile(64, 32, 8)),
+    ("row_gradients, all", "split"): (Tile(64, 64, 4, 1), Tile(64, 32, 8), Tile(64, 64, 8, 1, 2)),
     ("code_sweep", "mixed"): (Tile(128, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
-    ("code_sweep", "split"): (Tile(64, 128, 8), Tile(32, 128, 8, 1)),
+    ("code_sweep", "split"): (Tile(64, 128, 8), Tile(32, 128, 8, 1), Tile(64, 128, 8, 1, 2)),
     ("code_sweep, all", "mixed"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
-    ("code_sweep, all", "split"): (Tile(32, 128, 8), Tile(32, 128, 8, 1)),
+    ("code_sweep, all", "split"): (Tile(32, 128, 8), Tile(32, 128, 8, 1), Tile(64, 128, 8, 1, 2)),
+    ("row_gradients", "converted"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 128, 4, 1, 2)),
+    ("row_gradients", "high"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4, 1, 2)),
+    ("code_sweep", "converted"): (Tile(64, 128, 8), Tile(64, 128, 8), Tile(64, 128, 8, 1, 2)),
+    ("code_sweep", "high"): (Tile(64, 128, 8), Tile(64, 128, 8), Tile(64, 128, 8, 1, 2)),
+    ("code_sweep, all", "converted"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(64, 128, 8, 1, 2)),
+    ("code_sweep, all", "high"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(64, 128, 8, 1, 2)),
 }
 _AMPERE: Table = {
-    ("forward", "bfloat16"): (Tile(128, 64, 8), Tile(128, 64, 8)),
-    ("forward", "mixed"): (Tile(128, 64, 8), Tile(128, 64, 8)),
-    ("forward", "converted"): (Tile(128, 64, 8), Tile(128, 32, 8)),
-    ("forward", "high"): (Tile(128, 64, 8), Tile(128, 32, 8)),
-    ("forward", "split"): (Tile(128, 64, 8), Tile(16, 32, 2)),
-    ("row_gradients", "bfloat16"): (Tile(128, 64, 8), Tile(128, 32, 8)),
-    ("row_gradients", "mixed"): (Tile(128, 64, 8), Tile(128, 32, 8)),
-    ("row_gradients", "converted"): (Tile(128, 64, 8), Tile(128, 32, 8)),
-    ("row_gradients", "high"): (Tile(128, 64, 8), Tile(32, 32, 2)),
-    ("row_gradients", "split"): (Tile(128, 32, 8), Tile(16, 32, 2)),
-    ("row_gradients, all", "bfloat16"): (Tile(128, 64, 8), Tile(128, 32, 8)),
-    ("row_gradients, all", "mixed"): (Tile(128, 64, 8), Tile(128, 32, 8)),
-    ("row_gradients, all", "converted"): (Tile(128, 64, 8), Tile(128, 32, 8)),
-    ("row_gradients, all", "high"): (Tile(128, 64, 8), Tile(16, 32, 2)),
-    ("row_gradients, all", "split"): (Tile(128, 32, 8), Tile(16, 32, 2)),
-    ("code_sweep", "bfloat16"): (Tile(64, 128, 8), Tile(32, 128, 8)),
-    ("code_sweep", "mixed"): (Tile(64, 128, 8), Tile(32, 128, 8)),
-    ("code_sweep", "converted"): (Tile(32, 128, 8), Tile(32, 128, 8)),
-    ("code_sweep", "high"): (Tile(32, 128, 8), Tile(16, 16, 1)),
-    ("code_sweep", "split"): (Tile(32, 128, 8), Tile(16, 128, 8, 1)),
-    ("code_sweep, all", "bfloat16"): (Tile(64, 128, 8), Tile(32, 128, 8)),
-    ("code_sweep, all", "mixed"): (Tile(64, 128, 8), Tile(32, 128, 8)),
-    ("code_sweep, all", "converted"): (Tile(32, 128, 8), Tile(32, 128, 8)),
-    ("code_sweep, all", "high"): (Tile(32, 128, 8), Tile(16, 16, 1)),
-    ("code_sweep, all", "split"): (Tile(32, 128, 8), Tile(16, 128, 8, 1)),
+    ("forward", "bfloat16"): (Tile(128, 64, 8), Tile(128, 64, 8), Tile(64, 32, 4, 1, 2)),
+    ("forward", "mixed"): (Tile(128, 64, 8), Tile(128, 64, 8), Tile(16, 32, 2, 1, 2)),
+    ("forward", "converted"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(16, 32, 2, 1, 2)),
+    ("forward", "high"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(16, 32, 2, 1, 2)),
+    ("forward", "split"): (Tile(128, 64, 8), Tile(16, 32, 2), Tile(16, 32, 2, 1, 2)),
+    ("row_gradients", "bfloat16"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 32, 4, 1, 2)),
+    ("row_gradients", "mixed"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(16, 32, 2, 1, 2)),
+    ("row_gradients", "converted"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(16, 32, 2, 1, 2)),
+    ("row_gradients", "high"): (Tile(128, 64, 8), Tile(32, 32, 2), Tile(16, 32, 2, 1, 2)),
+    ("row_gradients", "split"): (Tile(128, 32, 8), Tile(16, 32, 2), Tile(16, 32, 4, 1, 2)),
+    ("row_gradients, all", "bfloat16"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 32, 4, 1, 2)),
+    ("row_gradients, all", "mixed"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(16, 32, 2, 1, 2)),
+    ("row_gradients, all", "converted"): (
+        Tile(128, 64, 8),
+        Tile(128, 32, 8),
+        Tile(16, 32, 2, 1, 2),
+    ),
+    ("row_gradients, all", "high"): (Tile(128, 64, 8), Tile(16, 32, 2), Tile(16, 32, 2, 1, 2)),
+    ("row_gradients, all", "split"): (Tile(128, 32, 8), Tile(16, 32, 2), Tile(16, 32, 4, 1, 2)),
+    ("code_sweep", "bfloat16"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(16, 32, 2, 1, 2)),
+    ("code_sweep", "mixed"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(16, 32, 2, 1, 2)),
+    ("code_sweep", "converted"): (Tile(32, 128, 8), Tile(32, 128, 8), Tile(16, 16, 2, 1, 2)),
+    ("code_sweep", "high"): (Tile(32, 128, 8), Tile(16, 16, 1), Tile(16, 16, 2, 1, 2)),
+    ("code_sweep", "split"): (Tile(32, 128, 8), Tile(16, 128, 8, 1), Tile(16, 16, 4, 1, 2)),
+    ("code_sweep, all", "bfloat16"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(16, 16, 2, 1, 2)),
+    ("code_sweep, all", "mixed"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(16, 16, 2, 1, 2)),
+    ("code_sweep, all", "converted"): (Tile(32, 128, 8), Tile(32, 128, 8), Tile(16, 16, 2, 1, 2)),
+    ("code_sweep, all", "high"): (Tile(32, 128, 8), Tile(16, 16, 1), Tile(16, 16, 2, 1, 2)),
+    ("code_sweep, all", "split"): (Tile(32, 128, 8), Tile(16, 128, 8, 1), Tile(16, 16, 4, 1, 2)),
     ("nearest", "converted"): (Tile(128, 64, 8), Tile(128, 64, 8), Tile(64, 64, 4)),
     ("nearest", "split"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 64, 4, 1)),
 }
@@ -141,11 +153,6 @@ def architecture(device: torch.device) -> Architecture:
 def shared_memory(device: torch.device) -> int:
     """Bytes that a program may have on a CUDA device."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
-def widest(kernel: Kernel, operands: Operands, architecture: Architecture) -> int:
-    """The largest D for which there are registers enough."""
-    return 32 << len(_TABLES[architecture][kernel, operands])
 
 
 def shipped(kernel: Kernel, operands: Operands, dim: int, architecture: Architecture) -> Tile:
@@ -185,7 +192,7 @@ def neighbours(
     indexes = kernel in ("forward", "nearest")  # by quads of eight lanes
     candidates = [tile]
     for shape in itertools.product(*((x // 2, x, x * 2) for x in tile[:3])):
-        candidate = Tile(*shape, tile.stages)
+        candidate = Tile(*shape, *tile[3:])
         along = candidate.codes if kernel.startswith("code_sweep") else candidate.rows
         if (
             candidate != tile
@@ -202,10 +209,30 @@ def neighbours(
 def shared_bytes(kernel: Kernel, operands: Operands, dim: int, tile: Tile) -> int:
     """What the operands of the products take; the compiler may need more, and then refuses."""
     matrices = 1 if kernel in ("forward", "nearest") else 2  # z, and the gradient of q
-    rows = matrices * tile.rows * (4 if operands in ("high", "split") else 2)
+    if kernel.startswith("code_sweep"):
+        matrices = 1 + 1 / tile.parts  # once it has the scores, only its own part of z
+    rows = int(matrices * tile.rows) * (4 if operands in ("high", "split") else 2)
     codes = tile.codes * (2 if operands in ("bfloat16", "converted") else 4)
     kept, streamed = (codes, rows) if kernel.startswith("code_sweep") else (rows, codes)
     return padded_dim(dim) * (kept + tile.stages * streamed)
+
+
+def constants(tile: Tile, part: int, how: Arithmetic, z: Tensor) -> dict[str, object]:
+    """What the soft kernels are compiled for, as arguments of the launch that leaves this part."""
+    rows, dim = z.shape[1:]
+    return {
+        "SPLIT_LATENTS": how.split_latents,
+        "SPLIT_ALL": how.split_all,
+        "WHOLE_TILES": rows >= tile.rows,
+        "DIM": dim,
+        "PAD": padded_dim(dim),
+        "PART": part,
+        "PARTS": tile.parts,
+        "ROWS": tile.rows,
+        "CODES": tile.codes,
+        "STAGES": tile.stages,
+        "num_warps": tile.warps,
+    }
 
 
 def every_choice() -> dict[tuple[Architecture, Kernel, Operands, int], Tile]:

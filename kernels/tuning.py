@@ -125,7 +125,7 @@ def milliseconds(run: Run, tile: Tile) -> float:
 
     try:
         compiled, _ = run(tile)
-        if compiled.n_spills:
+        if any(kernel.n_spills for kernel in compiled):
             return math.inf
         return do_bench(lambda: run(tile), warmup=10, rep=50, return_mode="median")
     except (TritonError, RuntimeError):  # PyTorch's "out of memory" is one of the latter

@@ -45,9 +45,8 @@ def soft_quantize(
         detach_probabilities: treat the probabilities as constants: only the codebook receives a
             gradient, Pᵀ·dq, and log_partition and entropy receive none (the original Soft VQ-VAE).
         backend: "triton" (fused kernels for CUDA from compute capability 8.0 on; no float64;
-            D > 128 streams, except up to 256 for bfloat16 latents on an H100 and its successors),
-            "streaming" (plain PyTorch, any device, no N×K matrix), "reference" (N×K matrices, for
-            checking), or "auto": "triton" where it can be, else "streaming".
+            D > 256 streams), "streaming" (plain PyTorch, any device, no N×K matrix), "reference"
+            (N×K matrices, for checking), or "auto": "triton" where it can be, else "streaming".
             All differentiate z, codebook and temperature by hand-written formulas. The fused
             kernels have been checked in Triton's interpreter and compiled, but not yet run on a
             GPU; `python -m pytest -m gpu` checks yours.
@@ -121,9 +120,7 @@ def nearest_codes(
     distance is differentiable in z and codebook. Arguments and errors as in `soft_quantize`, but
     "high" here is as accurate as "highest", and "medium" rounds float32 to float16.
     """
-    z_heads, codebook_heads, _, backend = _prepare(
-        z, codebook, 1.0, backend, precision, kernel="nearest"
-    )
+    z_heads, codebook_heads, _, backend = _prepare(z, codebook, 1.0, backend, precision)
     indices = operators.nearest(z_heads.detach(), codebook_heads.detach(), precision, backend)
     codes = autograd.CodesAt.apply(codebook_heads, indices, backend)
     squared_distance = (z_heads - codes).square().sum(-1)
@@ -173,7 +170,6 @@ def _prepare(
     temperature: float | Tensor,
     backend: str,
     precision: str | None,
-    kernel: Literal["forward", "nearest"] = "forward",
 ) -> tuple[Tensor, Tensor, Tensor, str]:
     """Check everything, and bring z to (H, N, D), the codebook to (H, K, D), T to a 0-d tensor."""
     _one_of("backend", backend, Backend)
@@ -193,7 +189,7 @@ def _prepare(
     if z.device != codebook.device:
         raise ValueError(f"z is on {z.device} and codebook on {codebook.device}; use one device")
     temperature = _temperature_tensor(temperature, z)
-    backend = _product_backend(kernel, z, codebook, backend, precision)
+    backend = _product_backend(z, codebook, backend)
 
     if codebook.dim() == 2:
         return z.reshape(1, -1, z.shape[-1]), codebook[None], temperature, backend
@@ -205,16 +201,10 @@ def _prepare(
     return z.reshape(-1, *z.shape[-2:]).transpose(0, 1), codebook, temperature, backend
 
 
-def _product_backend(
-    kernel: Literal["forward", "nearest"],
-    z: Tensor,
-    codebook: Tensor,
-    backend: str,
-    precision: str | None,
-) -> str:
+def _product_backend(z: Tensor, codebook: Tensor, backend: str) -> str:
     """`_choose_backend` for the operators that multiply latents and codes."""
     backend = _choose_backend(z, backend, support.soft_obstacle(z, codebook))
-    if backend == "triton" and support.too_wide(kernel, z, codebook, precision):
+    if backend == "triton" and support.too_wide(z):
         return "streaming"
     return backend
 

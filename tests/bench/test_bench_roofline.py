@@ -58,6 +58,12 @@ def test_products(kernel, inputs, products):
     assert work.exponentials == (kernel != "nearest")
 
 
+def test_a_part_has_whole_scores_and_its_share_of_the_output():
+    for kernel, products in (("forward", 4.5), ("row_gradients", 7.5), ("code_sweep", 9)):
+        work = kernel_work(kernel, "fp32 highest", 1, 1, 256, 1.0, parts=2)
+        assert work.operations == 2 * 256 * products
+
+
 def test_dimensions_are_padded():
     assert kernel_work("forward", "bf16", 1, 1, 5, 1.0).operations == 4 * 16
     assert kernel_work("forward", "bf16", 1, 1, 65, 1.0).operations == 4 * 128

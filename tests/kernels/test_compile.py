@@ -33,6 +33,8 @@ SAMPLES = {  # name: arguments, kernels
               *EVERY_GRADIENT], 6),
     "split": (["--inputs", "fp32 highest", "--dim", "128", "--architecture", "80", "90",
                *EVERY_GRADIENT], 6),
+    "in parts": (["--inputs", "fp32 high", "--dim", "256", "--architecture", "80", "90",
+                  "--call", "backward, all", "--kernel", *SOFT[1:]], 8),
 }  # fmt: skip
 triton_3_9 = pytest.mark.skipif(
     tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9),

@@ -40,10 +40,11 @@ SHAPES = [  # heads, rows, codes, D
 ]
 
 
-@pytest.fixture
-def small_tiles(monkeypatch):
+@pytest.fixture(params=[1, 2], ids="parts={}".format)
+def small_tiles(request, monkeypatch):
     """Several iterations of every loop, several programs along every axis."""
-    monkeypatch.setattr(tiles, "choose", lambda *_: tiles.Tile(32, 32, 4, 1))
+    tile = tiles.Tile(32, 32, 4, 1, parts=request.param)
+    monkeypatch.setattr(tiles, "choose", lambda *_: tile)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -73,21 +74,37 @@ def test_16_bit_latents_with_a_float32_codebook(dtype):
     check_fused(mixed, None, matmul=matmul_in(dtype))
 
 
-@pytest.mark.parametrize("codebook_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_wide_codes(codebook_dtype):
+WIDE = [  # latents, codebook, whose tiles: large ones, bfloat16 whole; small ones, all in parts
+    (torch.bfloat16, torch.bfloat16, "hopper"),
+    (torch.bfloat16, torch.float32, "hopper"),
+    (torch.float16, torch.float16, "hopper"),
+    (torch.float16, torch.float32, "hopper"),
+    (torch.float32, torch.float32, "hopper"),
+    (torch.bfloat16, torch.bfloat16, "ampere"),
+    (torch.bfloat16, torch.float32, "ampere"),
+    (torch.float32, torch.float32, "ampere"),
+]
+
+
+@pytest.mark.parametrize(("latents", "codebook_dtype", "architecture"), WIDE, ids=str)
+@pytest.mark.parametrize("dim", [130, 200, 256])
+def test_wide_codes(monkeypatch, latents, codebook_dtype, architecture, dim):
+    monkeypatch.setattr(tiles, "architecture", lambda _: architecture)
+
     def wide() -> Problem:
-        problem = draw(1, 67, 130, 200)
-        z, codebook = problem.z.bfloat16(), problem.codebook.to(codebook_dtype)
+        problem = draw(1, 67, 70, dim)
+        z, codebook = problem.z.to(latents), problem.codebook.to(codebook_dtype)
         return Problem(z, codebook, problem.temperature * 20)
 
-    check_fused(wide, None, matmul=matmul_in(torch.bfloat16))
+    check_fused(wide, None, matmul=matmul_in(latents))
 
 
 @pytest.mark.parametrize("precision", REDUCED_PRECISION)
 @pytest.mark.parametrize("offset", [0.0, 100.0])
-def test_reduced_precision(precision, offset):
+@pytest.mark.parametrize("dim", [48, 130, 200, 256])
+def test_reduced_precision(precision, offset, dim):
     bounds = REDUCED_PRECISION[precision]
-    for name, error in reduced_errors(fused, precision, offset, DEVICE).items():
+    for name, error in reduced_errors(fused, precision, offset, DEVICE, dim).items():
         bound = bounds["grad" if name.startswith("grad") else name]
         assert error < bound, f"{name}: {error:.2e}"
 

@@ -271,7 +271,7 @@ def test_what_spills_or_fails_takes_forever(monkeypatch):
     def run(tile, spills=0, error=None):
         if error:
             raise error
-        return SimpleNamespace(n_spills=spills), "result"
+        return [SimpleNamespace(n_spills=0), SimpleNamespace(n_spills=spills)], "result"
 
     assert tuning.milliseconds(run, SHIPPED) == 0.25
     assert tuning.milliseconds(partial(run, spills=8), SHIPPED) == math.inf
@@ -285,12 +285,12 @@ def test_neighbours_can_run():
         limit = SHARED_MEMORY[architecture]
         found = tiles.neighbours(kernel, operands, dim, shipped, limit)
         assert found[0] == shipped and len(set(found)) == len(found)
-        assert 2 <= len(found) <= 12
+        assert 1 <= len(found) <= 12  # 1: more warps than the rule below allows, to spare registers
         for tile in found:
             assert tiles.CODE_MULTIPLE % tile.codes == 0
             assert all(size >= 16 and size & (size - 1) == 0 for size in tile[:2])
             assert tile.codes >= 32 or kernel not in ("forward", "nearest")
-            assert tile.warps >= 1 and tile.stages == shipped.stages
+            assert tile.warps >= 1 and tile[3:] == shipped[3:]
             assert tiles.shared_bytes(kernel, operands, dim, tile) <= limit
 
 
