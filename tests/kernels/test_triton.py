@@ -74,20 +74,20 @@ def test_16_bit_latents_with_a_float32_codebook(dtype):
     check_fused(mixed, None, matmul=matmul_in(dtype))
 
 
-WIDE = [  # latents, codebook, whose tiles: large ones, bfloat16 whole; small ones, all in parts
-    (torch.bfloat16, torch.bfloat16, "hopper"),
-    (torch.bfloat16, torch.float32, "hopper"),
-    (torch.float16, torch.float16, "hopper"),
-    (torch.float16, torch.float32, "hopper"),
-    (torch.float32, torch.float32, "hopper"),
-    (torch.bfloat16, torch.bfloat16, "ampere"),
-    (torch.bfloat16, torch.float32, "ampere"),
-    (torch.float32, torch.float32, "ampere"),
+WIDE = [  # latents, codebook, whose tiles: large ones, bfloat16 whole; small ones, all in parts; D
+    (torch.bfloat16, torch.bfloat16, "hopper", 130),
+    (torch.bfloat16, torch.float32, "hopper", 256),
+    (torch.float16, torch.float16, "hopper", 200),
+    (torch.float16, torch.float32, "hopper", 256),
+    (torch.float32, torch.float32, "hopper", 130),
+    (torch.float32, torch.float32, "hopper", 256),
+    (torch.bfloat16, torch.bfloat16, "ampere", 256),
+    (torch.bfloat16, torch.float32, "ampere", 130),
+    (torch.float32, torch.float32, "ampere", 200),
 ]
 
 
-@pytest.mark.parametrize(("latents", "codebook_dtype", "architecture"), WIDE, ids=str)
-@pytest.mark.parametrize("dim", [130, 200, 256])
+@pytest.mark.parametrize(("latents", "codebook_dtype", "architecture", "dim"), WIDE, ids=str)
 def test_wide_codes(monkeypatch, latents, codebook_dtype, architecture, dim):
     monkeypatch.setattr(tiles, "architecture", lambda _: architecture)
 
@@ -101,7 +101,7 @@ def test_wide_codes(monkeypatch, latents, codebook_dtype, architecture, dim):
 
 @pytest.mark.parametrize("precision", REDUCED_PRECISION)
 @pytest.mark.parametrize("offset", [0.0, 100.0])
-@pytest.mark.parametrize("dim", [48, 130, 200, 256])
+@pytest.mark.parametrize("dim", [48, 200])
 def test_reduced_precision(precision, offset, dim):
     bounds = REDUCED_PRECISION[precision]
     for name, error in reduced_errors(fused, precision, offset, DEVICE, dim).items():
