@@ -114,7 +114,7 @@ def explained() -> Iterator[None]:
     except UnreadableError:
         raise
     except UnidentifiedImageError as error:
-        raise UnreadableError("cannot read this image (it is none)") from error
+        raise UnreadableError("cannot read this image (not a picture that Pillow knows)") from error
     # On a broken file Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error.
     except Exception as error:
         raise UnreadableError(f"cannot read this image ({error})") from error
