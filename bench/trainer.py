@@ -140,13 +140,14 @@ def measure(setting: Setting) -> list[Row]:
     for name, build in ((OURS, ours), (PLAIN, plain)):
         torch.manual_seed(config.seed)
         loops[name] = build(config, ImageTask(config, data, setting.device))
-    rates: dict[str, list[float]] = {name: [] for name in loops}
+    pieces = parts(config, ImageTask(config, data, setting.device))
     for run in loops.values():
         run(max(15, setting.steps) if setting.device.type == "cuda" else 2)  # compiles, records
+    taken: dict[str, list[float]] = {name: [] for name in (*loops, *pieces)}
     for _ in range(setting.repeats):
-        for name, run in loops.items():
-            took = seconds(setting.device, run, setting.steps)
-            rates[name].append(setting.steps * config.batch_size / took)
+        for name, run in (loops | pieces).items():
+            taken[name].append(seconds(setting.device, run, setting.steps) / setting.steps)
+    rates = {name: [config.batch_size / took for took in taken[name]] for name in loops}
     medians = {name: quantiles(values)["p50"] for name, values in rates.items()}
     base: Row = {
         "rows": config.batch_size * GRID**2,
@@ -169,8 +170,9 @@ def measure(setting: Setting) -> list[Row]:
                 "times_eager": medians[name] / medians[PLAIN],
             }
         )
-    step = config.batch_size / medians[OURS]
-    for part, took in parts(config, ImageTask(config, data, setting.device), setting, step).items():
+    found = {part: quantiles(taken[part])["p50"] for part in pieces}
+    found["rest"] = config.batch_size / medians[OURS] - sum(found.values())
+    for part, took in found.items():
         rows.append(
             base | {"candidate": OURS, "pass": part, "metric": "time", "unit": "s", "p50": took}
         )
@@ -192,24 +194,21 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def parts(config: TrainConfig, task: ImageTask, setting: Setting, step: float) -> dict[str, float]:
-    """Seconds of a step: the net's and the quantizer's forward and backward alone, and the rest.
+def parts(config: TrainConfig, task: ImageTask) -> dict[str, Steps]:
+    """The net's and the quantizer's forward and backward alone.
 
-    The rest is what `step`, the time of a whole one, has beyond them: the data, the losses, the
-    optimizer, the steering. step: in seconds.
+    What a step takes beyond them is the rest: the data, the losses, the optimizer, the steering.
     """
     images = task.train.images[: config.batch_size].float() / 255
     model = task.model.train()
     if task.device.type == "cuda":
         model.to(memory_format=torch.channels_last)
     latents = model.encode(images).z.detach()
-    found = {}
-    for name, work in (("net", net(model, images)), ("quantizer", quantizer(model, latents))):
-        with torch.autocast(task.device.type, torch.bfloat16, enabled=task.device.type == "cuda"):
-            work = as_trained(work, task.device)
-            took = [seconds(task.device, work, setting.steps) for _ in range(setting.repeats)]
-        found[name] = quantiles(took)["p50"] / setting.steps
-    return {**found, "rest": step - sum(found.values())}
+    with torch.autocast(task.device.type, torch.bfloat16, enabled=task.device.type == "cuda"):
+        return {
+            "net": as_trained(net(model, images), task.device),
+            "quantizer": as_trained(quantizer(model, latents), task.device),
+        }
 
 
 def as_trained(work: Steps, device: torch.device) -> Steps:
