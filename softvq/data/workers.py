@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain, islice
 from threading import Thread
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from softvq.data.types import DataError
 
 AHEAD = 2  # results that each process has ready
+CAN_WAIT = hasattr(signal, "sigwaitinfo")  # for signals, and who sent them; not on macOS
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,7 +43,9 @@ def in_workers(
         worker_init_fn=_obey_the_parent_alone,
         generator=torch.Generator(),  # the default one would be drawn from
     )
-    for result in loader:
+    with _held_back_signals():
+        results = iter(loader)
+    for result in results:
         if isinstance(result, DataError):
             raise result
         yield result
@@ -64,11 +68,23 @@ def _as_it_is(result: Any) -> Any:
     return result
 
 
+@contextmanager
+def _held_back_signals() -> Iterator[None]:
+    """Processes that start inside begin with these signals blocked, in all of their threads."""
+    if not CAN_WAIT:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _obey_the_parent_alone(worker: int) -> None:
     """Ctrl-C, and many a scheduler, signal all processes; the training one decides when to end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    if CAN_WAIT:
         Thread(target=_end_when_told_by, args=[os.getppid()], daemon=True).start()
 
 
