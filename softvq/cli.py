@@ -80,7 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     again = training.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with the run in --out")
     again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    training.add_argument("--dry-run", action="store_true", help="print the plan, as TOML; no run")
+    training.add_argument(
+        "--dry-run", action="store_true", help="fetch the data, print the plan, as TOML; no run"
+    )
     training.add_argument("--quiet", action="store_true", help="print only warnings while training")
     training.add_argument(
         "--profile",
@@ -164,10 +166,7 @@ def train_command(options: argparse.Namespace) -> int:
     out, resume = options.out, options.resume
     if not resume:
         config = TrainConfig(**given)
-        out = (
-            out
-            or Path("runs") / f"{config.data or config.tokenizer.absolute().name}-{config.model}"
-        )
+        out = out or default_out(config)
         resume = was_restarted() and RunFolder(out).has_checkpoint()
     elif out is None:
         raise ConfigError("--resume needs the run folder: --out RUN")
@@ -185,6 +184,12 @@ def train_command(options: argparse.Namespace) -> int:
         tensorboard=options.tensorboard,
     )
     return 0 if finished else 130
+
+
+def default_out(config: TrainConfig) -> Path:
+    """Where a run goes that nobody gave a place."""
+    source = config.data or config.tokenizer.absolute().name
+    return Path("runs") / f"{source}-{config.model}"
 
 
 def resumed_config(run: RunFolder, given: dict[str, Any]) -> TrainConfig:

@@ -208,7 +208,7 @@ def _tiles(
     if GAP in metrics:
         share = metrics[GAP] / metrics[SOFT] if metrics[SOFT] else math.inf
         yield "Soft-hard gap", number(metrics[GAP]), f"{share:+.0%} on the soft error"
-    elif "reconstruction_error" in metrics:
+    elif HARD not in metrics and "reconstruction_error" in metrics:
         yield "Error", number(metrics["reconstruction_error"]), "per pixel"
     if "psnr" in metrics and "psnr_hard" not in metrics:
         yield "PSNR", f"{metrics['psnr']:.2f} dB", "model's own output"

@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +103,8 @@ class RunFolder:
 
     def read_shape(self) -> dict[str, Any]:
         """What `model_bytes` was told of the data. Raises RunError."""
-        return self._read_model()[0]
+        with self._weights() as file:
+            return _shape_in(file)
 
     def fingerprint(self) -> str:
         """Which model this is: a digest of its weights. Raises RunError."""
@@ -109,21 +112,12 @@ class RunFolder:
         self.read_shape()
         return hashlib.sha256(self.model.read_bytes()).hexdigest()[:16]
 
-    def _read_model(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Shape of the data, and the weights by name. Raises RunError."""
-        try:
-            with safe_open(self.model, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return json.loads(file.metadata()["shape"]), tensors
-        except FileNotFoundError:
-            raise RunError(f"{self.path}: no model.safetensors; the run has not finished") from None
-        except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-            raise RunError(f"{self.model}: damaged ({error})") from error
-
     def load_model(self, device: torch.device) -> nn.Module:
         """The best weights of the run, in eval mode. Raises RunError."""
         config = self.read_config()
-        shape, tensors = self._read_model()
+        with self._weights() as file:
+            shape = _shape_in(file)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         model = build_model(config, shape)
         try:
             model.load_state_dict(tensors)
@@ -131,11 +125,27 @@ class RunFolder:
             raise RunError(f"{self.model}: does not fit the run's config.toml") from error
         return model.to(device).eval()
 
+    @contextmanager
+    def _weights(self) -> Iterator[safe_open]:
+        """The open file of the best weights. Raises RunError, also for what is read inside."""
+        try:
+            with safe_open(self.model, "pt") as file:
+                yield file
+        except FileNotFoundError:
+            raise RunError(f"{self.path}: no model.safetensors; the run has not finished") from None
+        except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+            raise RunError(f"{self.model}: damaged ({error})") from error
+
 
 def model_bytes(state: dict[str, Tensor], shape: dict[str, Any]) -> bytes:
     """model.safetensors: the weights, with the shape of the data they are for."""
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     return save(tensors, {"shape": json.dumps(shape)})
+
+
+def _shape_in(file: safe_open) -> dict[str, Any]:
+    """The shape of the data in a model.safetensors. Raises TypeError, KeyError, ValueError."""
+    return json.loads(file.metadata()["shape"])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

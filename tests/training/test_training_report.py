@@ -224,6 +224,7 @@ def test_two_levels_of_codes_stand_side_by_side(tmp_path: Path) -> None:
         "perplexity_bottom 43.25",
     ):
         assert text in page.text
+    assert "Hard error 0.01 " in page.text and "Error 0.01 " not in page.text  # the same twice
     assert headings_of_pictures(page) == [
         "Reconstructions",
         "Samples",
