@@ -68,6 +68,31 @@ def store_rows(
 
 
 @triton.jit
+def load_columns(
+    pointer: tl.tensor,
+    offsets: tl.tensor,
+    rows_left: tl.tensor,
+    first: tl.tensor,
+    mean_pointer: tl.tensor | None,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> tl.tensor:
+    """x − mean in columns first … first + WIDTH − 1 of the rows that begin at `offsets` [ROWS, 1].
+
+    In float32; x is zero past `rows_left` and past DIM. For sums over a row that must not hold all
+    of it in registers.
+    """
+    # [ROWS, WIDTH]
+    rows = tl.arange(0, offsets.shape[0])[:, None]
+    columns = (first + tl.arange(0, WIDTH))[None, :]
+    mask = (rows < rows_left) & (columns < DIM)
+    x = tl.load(pointer + offsets + columns, mask=mask, other=0.0).to(tl.float32)
+    if mean_pointer is not None:
+        x -= tl.load(mean_pointer + columns)
+    return x
+
+
+@triton.jit
 def row_dots(
     a_pointer: tl.tensor,
     a_stride: tl.tensor,
@@ -79,20 +104,15 @@ def row_dots(
     DIM: tl.constexpr,
     PAD: tl.constexpr,
 ) -> tl.tensor:
-    """Σ_d a·(b − mean) of each row, [ROWS], in float32; a few columns at a time spare registers."""
-    CHUNK: tl.constexpr = min(PAD, 64)
+    """Σ_d a·(b − mean) of each row, [ROWS], in float32."""
+    WIDTH: tl.constexpr = min(PAD, 64)
     dots = tl.zeros([ROWS], tl.float32)
-    rows = tl.arange(0, ROWS)[:, None]
-    for first in range(0, PAD, CHUNK):
-        # [ROWS, CHUNK]
-        columns = (first + tl.arange(0, CHUNK))[None, :]
-        mask = (rows < rows_left) & (columns < DIM)
-        a = tl.load(a_pointer + rows.to(tl.int64) * a_stride + columns, mask=mask, other=0.0)
-        b = tl.load(b_pointer + rows.to(tl.int64) * b_stride + columns, mask=mask, other=0.0)
-        b = b.to(tl.float32)
-        if mean_pointer is not None:
-            b -= tl.load(mean_pointer + columns)
-        dots += tl.sum(a.to(tl.float32) * b, 1)
+    rows = tl.arange(0, ROWS).to(tl.int64)[:, None]
+    for first in range(0, PAD, WIDTH):
+        # [ROWS, WIDTH]
+        a = load_columns(a_pointer, rows * a_stride, rows_left, first, None, DIM, WIDTH)
+        b = load_columns(b_pointer, rows * b_stride, rows_left, first, mean_pointer, DIM, WIDTH)
+        dots += tl.sum(a * b, 1)
     return dots
 
 
@@ -118,22 +138,19 @@ def squared_distances(
 ) -> tl.tensor:
     """‖z_n − c_index‖² of each row, for one prepared code a row: index and result [ROWS].
 
-    From the differences: ‖z‖² − 2z·c + ‖c‖² would cancel. Few columns at a time spare registers.
+    From the differences: ‖z‖² − 2z·c + ‖c‖² would cancel.
     """
-    CHUNK: tl.constexpr = min(PAD, 64)
-    rows = tl.arange(0, index.shape[0])[:, None]
+    WIDTH: tl.constexpr = min(PAD, 64)
+    offsets = tl.arange(0, index.shape[0]).to(tl.int64)[:, None] * row_stride
     distances = tl.zeros([index.shape[0]], tl.float32)
-    for first in range(0, PAD, CHUNK):
-        # [ROWS, CHUNK]
-        columns = (first + tl.arange(0, CHUNK))[None, :]
-        mask = (rows < rows_left) & (columns < DIM)
-        z = tl.load(z_pointer + rows.to(tl.int64) * row_stride + columns, mask=mask, other=0.0)
+    for first in range(0, PAD, WIDTH):
+        # [ROWS, WIDTH]
+        z = load_columns(z_pointer, offsets, rows_left, first, mean_pointer, DIM, WIDTH)
+        columns = (first + tl.arange(0, WIDTH))[None, :]
         code = tl.load(high_pointer + index[:, None] * PAD + columns).to(tl.float32)
         if low_pointer is not None:
             code += tl.load(low_pointer + index[:, None] * PAD + columns).to(tl.float32)
-        difference = z.to(tl.float32) - code * unit
-        if mean_pointer is not None:
-            difference -= tl.load(mean_pointer + columns)
+        difference = z - code * unit
         distances += tl.sum(difference * difference, 1)
     return distances
 

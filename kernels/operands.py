@@ -10,7 +10,7 @@ addresses of so many tiles would fill the registers.
 import triton
 import triton.language as tl
 
-from softvq.kernels.memory import load_mean, load_rows
+from softvq.kernels.memory import load_columns, load_mean, load_rows
 from softvq.kernels.primitives import as_operand, dot, scale_of
 
 
@@ -107,20 +107,15 @@ def row_sizes(
     PAD: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """The largest |x − mean| of each row, and their sum, [ROWS]."""
-    CHUNK: tl.constexpr = min(PAD, 32)
+    WIDTH: tl.constexpr = min(PAD, 32)
     largest = tl.zeros([ROWS], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    rows = tl.arange(0, ROWS)[:, None]
-    for first in range(0, PAD, CHUNK):
-        # [ROWS, CHUNK]
-        columns = (first + tl.arange(0, CHUNK))[None, :]
-        mask = (rows < rows_left) & (columns < DIM)
-        x = tl.load(pointer + rows.to(tl.int64) * stride + columns, mask=mask, other=0.0)
-        x = x.to(tl.float32)
-        if mean_pointer is not None:
-            x -= tl.load(mean_pointer + columns)
-        largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
-        total += tl.sum(tl.abs(x), 1)
+    offsets = tl.arange(0, ROWS).to(tl.int64)[:, None] * stride
+    for first in range(0, PAD, WIDTH):
+        # [ROWS, WIDTH]
+        size = tl.abs(load_columns(pointer, offsets, rows_left, first, mean_pointer, DIM, WIDTH))
+        largest = tl.maximum(largest, tl.max(size, 1))
+        total += tl.sum(size, 1)
     return largest, total
 
 

@@ -45,10 +45,13 @@ def in_workers(
     )
     with _held_back_signals():
         results = iter(loader)
-    for result in results:
-        if isinstance(result, DataError):
-            raise result
-        yield result
+    try:
+        for result in results:
+            if isinstance(result, DataError):
+                raise result
+            yield result
+    finally:
+        del results  # its processes end with it; an error would keep it in its traceback
 
 
 class _Items(Dataset[Any]):
