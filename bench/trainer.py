@@ -101,7 +101,7 @@ def ours(config: TrainConfig, task: ImageTask) -> Steps:
 def plain(config: TrainConfig, task: ImageTask) -> Steps:
     """A loop as tutorials write it; task: for its data and its model, whose quantizer is replaced
     by one with the N×K matrix in plain PyTorch."""
-    device, model = task.device, task.model
+    device, model = task.device, task.model.to(memory_format=torch.contiguous_format)
     codebook = model.quantizer.codebook.detach().clone()
     model.quantizer = EagerSoftVQ(DIM, CODES).to(device)
     model.quantizer.codebook = codebook
@@ -201,8 +201,6 @@ def parts(config: TrainConfig, task: ImageTask) -> dict[str, Steps]:
     """
     images = task.train.images[: config.batch_size].float() / 255
     model = task.model.train()
-    if task.device.type == "cuda":
-        model.to(memory_format=torch.channels_last)
     latents = model.encode(images).z.detach()
     with torch.autocast(task.device.type, torch.bfloat16, enabled=task.device.type == "cuda"):
         return {

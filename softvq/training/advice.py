@@ -13,7 +13,8 @@ from softvq.training.warn import warn
 
 COLLAPSED = 0.05  # of the codes: a perplexity under it is a collapse
 ONE_CODE = 1.01  # and so is this one, however few codes there are
-PATIENCE = 1 / 3  # of the run: until then the codes may still lie together
+# Until then the codes may still lie together: a share of the run, and a number of steps.
+PATIENCE, AT_LEAST = 1 / 3, 100
 
 # model -> what to try against a collapse
 REMEDIES = {
@@ -32,7 +33,7 @@ def warn_of_collapse(
     values: Mapping[str, float],
 ) -> None:
     """Print advice, once in a run, when a codebook's perplexity, in `values`, is too low."""
-    if progress.warnings or progress.step < PATIENCE * config.steps:
+    if progress.warnings or progress.step < max(PATIENCE * config.steps, AT_LEAST):
         return
     for name, level in levels.items():
         perplexity = values.get(f"perplexity{level_suffix(name)}")

@@ -54,9 +54,11 @@ def build_data(config: TrainConfig) -> DataSplits:
 def build_model(config: TrainConfig, shape: Mapping[str, Any]) -> nn.Module:
     """An untrained model, on the CPU. `config` must be resolved. Raises ConfigError.
 
+    Its convolutions have their channels last, which both CPUs and GPUs multiply faster.
     shape: what the data make of it, as the two builders below need it.
     """
-    return build_prior(config, shape) if config.model in PRIOR else build_image_model(config, shape)
+    build = build_prior if config.model in PRIOR else build_image_model
+    return build(config, shape).to(memory_format=torch.channels_last)
 
 
 def build_prior(config: TrainConfig, shape: Mapping[str, Any]) -> CodePrior:

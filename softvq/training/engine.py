@@ -1,9 +1,9 @@
 """One training step as one object: forward, backward, guard, optimizer, steering.
 
-On a CPU it is what it looks like. On a GPU the networks multiply in bfloat16, convolutions have
-their channels last, and after some steps the whole one is recorded as a CUDA graph and replayed, so
-that a step costs the host one launch. Nothing in a step waits for the device; what has to, or
-depends on its numbers, `Steering.correct`, runs between two replays.
+On a CPU it is what it looks like. On a GPU the networks multiply in bfloat16, and after some steps
+the whole one is recorded as a CUDA graph and replayed, so that a step costs the host one launch.
+Nothing in a step waits for the device; what has to, or depends on its numbers,
+`Steering.correct`, runs between two replays.
 """
 
 from collections.abc import Callable
@@ -47,10 +47,8 @@ class Engine:
         self.steps = config.steps
         self.bfloat16 = uses_bfloat16(config, device)
         self.backend = backend if compiles(config, device) else None
-        if device.type == "cuda":
-            task.model.to(memory_format=torch.channels_last)
-            if ranks.count() == 1:
-                recorder = recorder or record
+        if device.type == "cuda" and ranks.count() == 1:
+            recorder = recorder or record
         self.replayed = None if recorder is None else Replayed(self._compute, say, recorder)
         self.compiled: Callable[[Batch], TrainingStep] | None = None
         self.taken = 0

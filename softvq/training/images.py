@@ -7,7 +7,7 @@ from torch import Tensor
 
 from softvq.data import Batch, DataError, DataSplits, Images
 from softvq.models import ImageModel, TrainingStep, level_suffix
-from softvq.training.build import build_image_model
+from softvq.training.build import build_model
 from softvq.training.config import TrainConfig
 from softvq.training.evaluation import evaluate, first_images, to_pixels
 from softvq.training.pictures import save_codebook_usage, save_rows
@@ -24,7 +24,7 @@ class ImageTask:
             raise DataError(f"{config.data}: a cvae needs the class of every image")
         self.data, self.device = data, device
         self.shape = {"image_shape": data.image_shape, "classes": len(data.class_names)}
-        self.model: ImageModel = build_image_model(config, self.shape).to(device)
+        self.model: ImageModel = build_model(config, self.shape).to(device)
         self.steering = build_steering(config, self.model).to(device)
         self.train = data.train.to(device)
         self.examples, self.data_bytes = len(self.train), self.train.nbytes

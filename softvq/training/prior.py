@@ -9,7 +9,7 @@ from torch import Tensor
 from softvq import metrics
 from softvq.data import DataSplits
 from softvq.models import CodePrior, ImageModel, TrainingStep, level_suffix
-from softvq.training.build import build_prior
+from softvq.training.build import build_model
 from softvq.training.codes import CodeSet, CodeSplits, encode_splits
 from softvq.training.config import TrainConfig
 from softvq.training.evaluation import BATCH
@@ -53,7 +53,7 @@ class PriorTask:
             "classes": len(images.class_names) if labelled else 0,
             "tokenizer": fingerprint,
         }
-        self.model = build_prior(config, self.shape).to(device)
+        self.model = build_model(config, self.shape).to(device)
         self.steering = Steering()
         self.train = self.data.train.to(device)
         self.examples = len(self.train)

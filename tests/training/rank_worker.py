@@ -12,7 +12,7 @@ from torch import distributed
 
 from softvq.quantizers.restart import restart_codes
 from softvq.training import evaluation, prior, steering
-from softvq.training.build import build_data, build_image_model
+from softvq.training.build import build_data, build_model
 from softvq.training.codes import encode_splits, load_tokenizer
 from softvq.training.config import IMAGES, QUANTISED, TrainConfig
 from softvq.training.ranks import joined
@@ -56,7 +56,7 @@ def precisely():
     """Patches: images and models of images are float64."""
 
     def build(*arguments):
-        return build_image_model(*arguments).double()
+        return build_model(*arguments).double()
 
     def to_pixels(images, device):
         return images.to(device).double() / 255
@@ -69,7 +69,7 @@ def precisely():
 
     patches = ExitStack()
     patches.enter_context(patch("softvq.training.images.build_steering", steer))
-    patches.enter_context(patch("softvq.training.images.build_image_model", build))
+    patches.enter_context(patch("softvq.training.images.build_model", build))
     for module in ("images", "evaluation"):
         patches.enter_context(patch(f"softvq.training.{module}.to_pixels", to_pixels))
     return patches
@@ -137,7 +137,7 @@ def validations(tokenizer):
     model, images = load_tokenizer(run, CPU), build_data(run.read_config())
     codes = encode_splits(model, images, CPU)
     torch.manual_seed(0)
-    predictor = prior.build_prior(
+    predictor = build_model(
         tiny("pixelcnn", 1, tokenizer=tokenizer), {"levels": codes.levels, "classes": 0}
     )
     torch.nn.init.normal_(predictor.networks["codes"].head[-1].weight)

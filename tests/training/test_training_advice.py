@@ -8,6 +8,7 @@ import torch
 
 from softvq.cli import main
 from softvq.models import CodeLevel
+from softvq.training import advice
 from softvq.training.advice import memory_advice, warn_of_collapse
 from softvq.training.checkpoint import Progress
 from softvq.training.config import QUANTISED, TrainConfig
@@ -17,10 +18,12 @@ from softvq.training.run_folder import RunFolder
 from softvq.training.trainer import train
 
 
-def warnings_of(perplexity, *, step=50, size=100, suffix="", level="codes", model="soft-vqvae"):
+def warnings_of(
+    perplexity, *, step=500, steps=1000, size=100, suffix="", level="codes", model="soft-vqvae"
+):
     progress = Progress(step=step)
     levels = {level: CodeLevel((1, 1), size)}
-    config = TrainConfig(model=model, steps=100)
+    config = TrainConfig(model=model, steps=steps)
     warn_of_collapse(config, progress, levels, {f"perplexity{suffix}": perplexity})
     return progress.warnings
 
@@ -28,7 +31,7 @@ def warnings_of(perplexity, *, step=50, size=100, suffix="", level="codes", mode
 @pytest.mark.parametrize("model", QUANTISED)
 def test_a_collapsed_codebook(model, capsys):
     (line,) = warnings_of(4.9, model=model)
-    assert line.startswith("step 50: the codebook has collapsed: perplexity 4.9 of 100 codes; try")
+    assert line.startswith("step 500: the codebook has collapsed: perplexity 4.9 of 100 codes; try")
     assert capsys.readouterr().err == f"warning: {line}\n"
     settings = {field.name for field in dataclasses.fields(TrainConfig)}
     advised = [word.removeprefix("--") for word in line.split() if word.startswith("--")]
@@ -42,7 +45,8 @@ def test_a_collapsed_codebook(model, capsys):
     "options",
     [
         {"perplexity": 5.1},
-        {"perplexity": 4.9, "step": 33},
+        {"perplexity": 4.9, "step": 333},
+        {"perplexity": 4.9, "step": 99, "steps": 100},
         {"perplexity": 1.1, "size": 8},
         {"perplexity": 1.0, "size": 1},
         {"perplexity": 4.9, "suffix": "_other"},
@@ -69,6 +73,7 @@ def config(tiny_run):
 
 def test_a_run_warns_once_and_its_summary_keeps_it(config, tmp_path, monkeypatch, capsys):
     evaluate = ImageTask.evaluate
+    monkeypatch.setattr(advice, "AT_LEAST", 0)
     monkeypatch.setattr(
         ImageTask, "evaluate", lambda self, split: evaluate(self, split) | {"perplexity": 1.0}
     )
