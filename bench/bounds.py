@@ -112,8 +112,10 @@ def reduced_errors(
     problem = Problem(*((x * 64).round() / 64 + offset for x in problem[:2]), problem.temperature)
     outputs, true = run(backend, problem, precision=precision), problem.to(torch.float64)
     incoming = {name: torch.randn_like(outputs[name]) for name in ALL}
-    saved = (outputs["quantized"], outputs["indices"], outputs["row_state"], precision)
-    grads = backend.soft_backward(*problem, *incoming.values(), True, True, True, *saved)
+    saved = (outputs["quantized"], outputs["indices"], outputs["row_state"])
+    grads = backend.soft_backward(
+        *problem, *incoming.values(), True, True, True, *saved, precision=precision
+    )
     names = ("z", "codebook", "temperature")
     found = outputs | {f"grad {n}": grad for n, grad in zip(names, grads, strict=True)}
     truth = forward(true) | {f"grad {n}": x for n, x in gradients(true, incoming).items()}

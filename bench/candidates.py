@@ -73,17 +73,22 @@ LEAN = "q, indices"
 
 def eager(z: Tensor, codebook: Tensor, temperature: float | Tensor) -> Outputs:
     """The N×K matrix in plain PyTorch, with everything `soft_quantize` returns."""
-    distance = (
-        z.float().square().sum(1, keepdim=True)
-        - 2 * (z @ codebook.T).float()
-        + codebook.float().square().sum(1)
-    )
-    scores = -distance / temperature
+    scores = eager_scores(z, codebook, temperature)
     log_p = scores.log_softmax(1)
     p = log_p.exp()
     indices = scores.detach().argmax(1)
     entropy = -(p.detach() * log_p.detach()).sum(1)
     return Outputs(p.to(z.dtype) @ codebook, indices, scores.detach().logsumexp(1), entropy)
+
+
+def eager_scores(z: Tensor, codebook: Tensor, temperature: float | Tensor) -> Tensor:
+    """−‖z−c‖²/T, (N, K), in float32."""
+    distance = (
+        z.float().square().sum(1, keepdim=True)
+        - 2 * (z @ codebook.T).float()
+        + codebook.float().square().sum(1)
+    )
+    return -distance / temperature
 
 
 def eager_lean(z: Tensor, codebook: Tensor, temperature: float | Tensor) -> Outputs:

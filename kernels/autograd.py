@@ -23,6 +23,7 @@ class SoftQuantize(torch.autograd.Function):
         temperature: Tensor,
         straight_through: bool,
         detach_probabilities: bool,
+        detach_log_partition: bool,
         precision: str | None,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -37,6 +38,7 @@ class SoftQuantize(torch.autograd.Function):
             quantized = codebook.to(z.dtype).gather(1, rows)
         ctx.save_for_backward(z, codebook, temperature, *saved)
         ctx.detach_probabilities = detach_probabilities
+        ctx.detach_log_partition = detach_log_partition
         ctx.precision, ctx.backend = precision, backend
         ctx.set_materialize_grads(False)
         if detach_probabilities:
@@ -61,14 +63,14 @@ class SoftQuantize(torch.autograd.Function):
             grads = operators.soft_backward(
                 *inputs,
                 *(grad_quantized, grad_log_partition, grad_entropy, None),
-                *(*needs, quantized, indices, row_state, *how),
+                *(*needs, quantized, indices, row_state, ctx.detach_log_partition, *how),
             )
-            return *_only_needed(grads, needs), None, None, None, None
+            return *_only_needed(grads, needs), None, None, None, None, None
         grad_codebook = None
         if needs[1] and grad_quantized is not None:
             sums = operators.probability_sums(*inputs, grad_quantized, row_state, *how)
             grad_codebook = sums.to(inputs[1].dtype)
-        return None, grad_codebook, None, None, None, None, None
+        return None, grad_codebook, None, None, None, None, None, None
 
 
 class CodeUsage(torch.autograd.Function):
@@ -94,7 +96,7 @@ class CodeUsage(torch.autograd.Function):
         """Gradients of z, codebook and temperature; None for what nobody asked for."""
         inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
         incoming = (None, None, None, grad_usage)
-        rest = (*needs, None, None, None, ctx.precision, ctx.backend)
+        rest = (*needs, None, None, None, False, ctx.precision, ctx.backend)
         grads = operators.soft_backward(*inputs, *incoming, *rest)
         return *_only_needed(grads, needs), None, None
 

@@ -43,12 +43,14 @@ def soft_backward(
     quantized: Tensor | None = None,
     indices: Tensor | None = None,
     row_state: Tensor | None = None,
+    detach_log_partition: bool = False,
     precision: str = "highest",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of z, codebook and temperature for the gradients given.
 
     `quantized`, `indices` and `row_state` are the forward's; without them it runs again. A missing
-    incoming gradient is zero; an outgoing one that is not needed is None.
+    incoming gradient is zero; an outgoing one that is not needed is None. With detach_log_partition
+    the log-partition is that of constant latents.
     """
     how = arithmetic(z.dtype, codebook.dtype, precision)
     codes = codebook.shape[1]
@@ -64,7 +66,7 @@ def soft_backward(
         grads = row_gradients.launch(
             *(z, prepared, temperature, quantized.contiguous(), indices, row_state),
             *(grad_quantized, grad_log_partition, grad_entropy, code_gradient),
-            *(how, needs_z, needs_temperature),
+            *(how, needs_z, needs_temperature, detach_log_partition),
         )
         grad_codebook = None
         if needs_codebook:

@@ -92,7 +92,7 @@ _register(
     f"soft_backward({_INPUTS}, Tensor? grad_quantized, Tensor? grad_log_partition, "
     "Tensor? grad_entropy, Tensor? grad_usage, bool needs_z, bool needs_codebook, "
     "bool needs_temperature, Tensor? quantized, Tensor? indices, Tensor? row_state, "
-    "str? precision, str backend) "
+    "bool detach_log_partition, str? precision, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     _fake_soft_backward,
 )

@@ -70,12 +70,14 @@ def soft_backward(
     quantized: Tensor | None = None,
     indices: Tensor | None = None,
     row_state: Tensor | None = None,
+    detach_log_partition: bool = False,
     precision: str = "highest",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of z (H, N, D), codebook (H, K, D) and temperature () for the gradients given.
 
     A missing incoming gradient is zero; an outgoing one that is not needed is None. `quantized`,
-    `indices` and `row_state`, the forward's, are for backends that reuse them.
+    `indices` and `row_state`, the forward's, are for backends that reuse them. With
+    detach_log_partition the log-partition is that of constant latents.
     """
     s = scores(z, codebook, temperature)
     centred_z, centred_codebook, _ = centre(z, codebook)
@@ -99,8 +101,10 @@ def soft_backward(
 
     grad_z = grad_codebook = grad_temperature = None
     if needs_z:
-        grad_z = two_over_t * (e @ centred_codebook - lam[..., None] * centred_z)
-        grad_z = grad_z.to(z.dtype)
+        grad_z = softmax_part @ centred_codebook
+        if not detach_log_partition:
+            grad_z += lam[..., None] * (p @ centred_codebook - centred_z)
+        grad_z = (two_over_t * grad_z).to(z.dtype)
     if needs_codebook:
         pull = e.mT @ centred_z - e.sum(1)[..., None] * centred_codebook
         grad_codebook = (p.mT @ g + two_over_t * pull).to(codebook.dtype)

@@ -51,6 +51,7 @@ def launch(
     how: Arithmetic,
     needs_z: bool,
     needs_temperature: bool,
+    detach_log_partition: bool,
 ) -> RowGradients:
     """z and grad_quantized (H, N, D) with unit stride along D; quantized (H, N, D) and gradients of
     rows (H, N) contiguous; indices and row_state the forward's; code_gradient (H, padded K) is υ/N.
@@ -77,6 +78,7 @@ def launch(
                 *(grad_quantized, grad_log_partition, grad_entropy, code_gradient, largest_usage),
                 *(grad_z, *(of_rows if part == 0 else (None,) * 3)),
                 *(*z.stride()[:2], *strides, rows, padded_codes),
+                DETACH_LOG_PARTITION=detach_log_partition,
                 **tiles.constants(tile, part, how, z),
             )
             for part in range(tile.parts if needs_z else 1)
@@ -123,6 +125,7 @@ def _row_gradients_kernel(
     grad_row_stride: tl.constexpr,
     rows,
     padded_codes,
+    DETACH_LOG_PARTITION: tl.constexpr,
     SPLIT_LATENTS: tl.constexpr,
     SPLIT_ALL: tl.constexpr,
     WHOLE_TILES: tl.constexpr,
@@ -279,7 +282,8 @@ def _row_gradients_kernel(
             factor *= operand_scale * unit
         along_quantized = -2.0 * inverse_temperature * sigma
         along_z = 0.0
-        WITH_Z: tl.constexpr = grad_log_partition_pointer is not None
+        DETACHED: tl.constexpr = DETACH_LOG_PARTITION or grad_log_partition_pointer is None
+        WITH_Z: tl.constexpr = not DETACHED
         if WITH_Z:
             along_z = -2.0 * inverse_temperature * grad_log_partition
             along_quantized -= along_z

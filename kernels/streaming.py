@@ -150,14 +150,16 @@ def soft_backward(
     quantized: Tensor | None = None,
     indices: Tensor | None = None,
     row_state: Tensor | None = None,
+    detach_log_partition: bool = False,
     precision: str = "highest",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of z (H, N, D), codebook (H, K, D) and temperature () for the gradients given.
 
     A missing incoming gradient is zero; an outgoing one that is not needed is None. `quantized`,
-    `indices` and `row_state`, the forward's, are for backends that reuse them. The names are
-    those of README.md; log p is replaced by the score relative to the row's best one, since a row's
-    constant drops out everywhere.
+    `indices` and `row_state`, the forward's, are for backends that reuse them. With
+    detach_log_partition the log-partition is that of constant latents. The names are those of
+    README.md; log p is replaced by the score relative to the row's best one, since a row's constant
+    drops out everywhere.
     """
     heads, rows, dim = z.shape
     codes = codebook.shape[1]
@@ -196,13 +198,15 @@ def soft_backward(
                 if lam is not None:
                     row += lam[:, 0] * (softmax.best_score(latents) + softmax.mean_score(p))
                 grad_temperature -= row.sum() / temperature
-            if lam is not None:
+            if lam is not None and not detach_log_partition:
                 e.addcmul_(p, lam)
 
             if needs_z:
-                # Σ_k e_nk is λ_n up to rounding; taking the sum itself keeps z near a code exact.
+                # Σ_k e_nk is λ_n, or 0, up to rounding; the sum itself keeps z near a code exact.
                 pull = (e @ softmax.codebook).addcmul_(latents, e.sum(1, keepdim=True), value=-1)
                 grad_z[h, block] = pull * two_over_t
+            if lam is not None and detach_log_partition:
+                e.addcmul_(p, lam)
             if needs_codebook:
                 right = pad(latents, (0, 1), value=1) * two_over_t
                 if g is None:

@@ -29,6 +29,7 @@ def soft_quantize(
     *,
     estimator: Estimator = "soft",
     detach_probabilities: bool = False,
+    detach_log_partition: bool = False,
     backend: Backend = "auto",
     precision: Precision | None = None,
 ) -> SoftQuantized:
@@ -44,6 +45,9 @@ def soft_quantize(
             of the soft one.
         detach_probabilities: treat the probabilities as constants: only the codebook receives a
             gradient, Pᵀ·dq, and log_partition and entropy receive none (the original Soft VQ-VAE).
+        detach_log_partition: let log_partition be that of constant latents: its gradient reaches
+            codebook and temperature, not z. One pass then trains the codes on the latents, by their
+            free energy, and the latents through quantized.
         backend: "triton" (fused kernels for CUDA from compute capability 8.0 on; no float64;
             D > 256 streams), "streaming" (plain PyTorch, any device, no N×K matrix), "reference"
             (N×K matrices, for checking), or "auto": "triton" where it can be, else "streaming".
@@ -72,6 +76,7 @@ def soft_quantize(
         temperature,
         estimator == "straight_through",
         detach_probabilities,
+        detach_log_partition,
         precision,
         backend,
     )

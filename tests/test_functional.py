@@ -123,6 +123,23 @@ def test_straight_through_has_the_nearest_value_and_the_soft_gradient():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+def test_a_detached_log_partition_does_not_move_the_latents(backend):
+    tensors = [x.detach().to(DEVICE).requires_grad_() for x in inputs(dtype=torch.float32)]
+    weights = torch.randn_like(tensors[0]), *torch.randn(2, *tensors[0].shape[:-1], device=DEVICE)
+
+    def gradients(with_log_partition, **options):
+        out = softvq.soft_quantize(*tensors, backend=backend, **options)
+        outputs = (out.quantized, out.entropy, out.log_partition)[: 2 + with_log_partition]
+        loss = sum((w * x).sum() for w, x in zip(weights, outputs, strict=False))
+        return torch.autograd.grad(loss, tensors)
+
+    dz, *others = gradients(True, detach_log_partition=True)
+    assert torch.equal(dz, gradients(False)[0])
+    for given, expected in zip(others, gradients(True)[1:], strict=True):
+        assert torch.equal(given, expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_detached_probabilities_move_only_the_codebook(backend):
     z, codebook, temperature = inputs()

@@ -71,6 +71,8 @@ class SoftVQ(TemperedQuantizer):
         self.estimator = estimator
         self.codebook_loss = codebook_loss
         self.commitment_weight = commitment_weight
+        by_partition = codebook_loss in ("free_energy", "likelihood")
+        self._detach_log_partition = by_partition and commitment_weight == 0
         self.codebook_parameter = nn.Parameter(self._first_codes())
 
     def quantize(self, z: Tensor) -> SoftQuantized:
@@ -81,6 +83,7 @@ class SoftVQ(TemperedQuantizer):
             self.temperature,
             estimator=self.estimator,
             detach_probabilities=self.codebook_loss == "detached_quantizing_error",
+            detach_log_partition=self._detach_log_partition,
         )
 
     def _loss(
@@ -90,11 +93,11 @@ class SoftVQ(TemperedQuantizer):
         return loss, SoftVQLoss(loss, out.entropy.mean(), entropy_regulariser)
 
     def _codebook_loss(self, z: Tensor, out: SoftQuantized) -> Tensor:
-        detached = self.codebook_loss == "detached_quantizing_error"
-        if z.requires_grad and self.commitment_weight != 1:
+        if z.requires_grad and self.commitment_weight != 1 and not self._detach_log_partition:
             # The value of z, and a share of its gradient.
             z = z.detach() + self.commitment_weight * (z - z.detach())
-            out = out if detached else self.quantize(z)
+            if self.codebook_loss != "detached_quantizing_error":
+                out = self.quantize(z)
         match self.codebook_loss:
             case "free_energy":
                 return losses.free_energy(out.log_partition, self.temperature, self.codebook_dim)

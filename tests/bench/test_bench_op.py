@@ -170,17 +170,21 @@ def test_step(quick, results):
     assert peer["status"] == "ok" or peer["status"].startswith("not installed")
 
 
-def test_the_nets_differ_in_nothing_but_the_operator():
-    """One step of the plain quantizer and of ours leaves the same weights."""
-    ours, plain = (
-        step.QUANTIZERS[name][1](8).codebook_parameter.detach() for name in ("softvq", "eager")
-    )
-    quantizers = [step.SoftVQ(step.DIM, 8), step.EagerSoftVQ(step.DIM, 8)]
-    assert ours.shape == plain.shape
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_the_nets_differ_in_nothing_but_the_operator(weight):
+    """Outputs, loss and gradients of the plain quantizer are ours."""
+    kinds = (step.SoftVQ, step.EagerSoftVQ)
+    quantizers = [kind(step.DIM, 8, commitment_weight=weight) for kind in kinds]
     quantizers[1].load_state_dict(quantizers[0].state_dict())
-    x = torch.randn(2, 3, 4, step.DIM)
-    outputs = [quantizer(x) for quantizer in quantizers]
-    torch.testing.assert_close(outputs[0], outputs[1])
+    x, grad = torch.randn(2, 2, 3, 4, step.DIM)
+    results = []
+    for quantizer in quantizers:
+        latents = x.clone().requires_grad_()
+        quantized, indices, loss = quantizer(latents)
+        (loss + (grad * quantized).sum()).backward()
+        codebook_grad = quantizer.codebook_parameter.grad
+        results.append((quantized, indices, loss, latents.grad, codebook_grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
 
 
 def test_chunks_are_the_whole():

@@ -63,7 +63,7 @@ def run(problem: Problem, incoming, precision="highest") -> dict[str, torch.Tens
         quantized,
         indices,
         state,
-        precision,
+        precision=precision,
     )
     outputs = dict(zip(ALL, (quantized, log_partition, entropy, usage), strict=True))
     names = ("grad z", "grad codebook", "grad temperature")

@@ -173,12 +173,12 @@ def every_call(backend: str) -> list[tuple]:
     soft, how = (z, codebook, torch.tensor(0.7, device=DEVICE)), ("highest", backend)
     quantized, indices, _, _, row_state = operators.soft_forward(*soft, *how)
     saved = (quantized, indices, row_state) if backend == "triton" else (None,) * 3
-    usage, needs = torch.randn(2, 10, device=DEVICE), (True, True, False)
+    usage, some, every = torch.randn(2, 10, device=DEVICE), (True, True, False), (True,) * 3
     return [
         (operators.soft_forward, (*soft, *how)),
         (operators.soft_forward, (*soft, None, backend)),
-        (operators.soft_backward, (*soft, z, row, None, usage, *needs, None, None, None, *how)),
-        (operators.soft_backward, (*soft, z, row, row, None, True, True, True, *saved, *how)),
+        (operators.soft_backward, (*soft, z, row, None, usage, *some, *(None,) * 3, True, *how)),
+        (operators.soft_backward, (*soft, z, row, row, None, *every, *saved, False, *how)),
         (operators.probability_sums, (*soft, None, None, *how)),
         (operators.probability_sums, (*soft, z, saved[2], *how)),
         (operators.nearest, (z, codebook, *how)),

@@ -135,6 +135,26 @@ def test_q_passes_its_gradient_to_x_whatever_the_commitment(commitment_weight):
     torch.testing.assert_close(given, wanted[0])
 
 
+@pytest.mark.parametrize("codebook_loss", ["free_energy", "likelihood"])
+def test_one_pass_trains_codes_on_latents_and_latents_through_q(codebook_loss, monkeypatch):
+    vq, x = layer(codebook_loss=codebook_loss), torch.randn(5, DIM, requires_grad=True)
+    grad = torch.randn(5, DIM)
+    tensors = (x, vq.codebook_parameter)
+    alone = torch.autograd.grad(vq(x.detach())[2], vq.codebook_parameter)[0]
+    dx, dc = torch.autograd.grad(vq(x)[0], tensors, grad)
+
+    def quantize(*arguments, **options):
+        passes.append(1)
+        return softvq.soft_quantize(*arguments, **options)
+
+    passes = []
+    monkeypatch.setattr("softvq.quantizers.soft.soft_quantize", quantize)
+    quantized, _, loss = vq(x)
+    together = torch.autograd.grad(loss + (grad * quantized).sum(), tensors)
+    assert len(passes) == 1
+    torch.testing.assert_close(together, (dx, dc + alone))
+
+
 def test_losses_have_the_value_they_are_named_after():
     x = torch.randn(20, DIM)
     vq = layer()
