@@ -74,7 +74,9 @@ class SoftQuantize(torch.autograd.Function):
 
 
 class CodeUsage(torch.autograd.Function):
-    """(z (H, N, D), codebook (H, K, D), temperature ()) → mean probability of each code (H, K)."""
+    """(z (H, N, D), codebook (H, K, D), temperature ()) → mean probability of each code (H, K), and
+    with_entropy the entropy (H, N) of each assignment, else None. Both have one backward pass.
+    """
 
     @staticmethod
     def forward(
@@ -82,23 +84,35 @@ class CodeUsage(torch.autograd.Function):
         z: Tensor,
         codebook: Tensor,
         temperature: Tensor,
+        with_entropy: bool,
         precision: str | None,
         backend: str,
-    ) -> Tensor:
-        sums = operators.probability_sums(z, codebook, temperature, None, None, precision, backend)
-        ctx.save_for_backward(z, codebook, temperature)
-        ctx.precision, ctx.backend = precision, backend
-        return sums[..., 0] / z.shape[1]
+    ) -> tuple[Tensor, Tensor | None]:
+        inputs, how = (z, codebook, temperature), (precision, backend)
+        entropy, saved = None, (None,) * 3
+        if with_entropy:
+            quantized, indices, _, entropy, row_state = operators.soft_forward(*inputs, *how)
+            if backend == "triton":
+                saved = quantized, indices, row_state
+        sums = operators.probability_sums(*inputs, None, saved[2], *how)
+        ctx.save_for_backward(*inputs, *saved)
+        ctx.precision, ctx.backend = how
+        ctx.set_materialize_grads(False)
+        return sums[..., 0] / z.shape[1], entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_usage: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_usage: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """Gradients of z, codebook and temperature; None for what nobody asked for."""
-        inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
-        incoming = (None, None, None, grad_usage)
-        rest = (*needs, None, None, None, False, ctx.precision, ctx.backend)
-        grads = operators.soft_backward(*inputs, *incoming, *rest)
-        return *_only_needed(grads, needs), None, None
+        *inputs, quantized, indices, row_state = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        grads = operators.soft_backward(
+            *(*inputs, None, None, grad_entropy, grad_usage, *needs),
+            *(quantized, indices, row_state, False, ctx.precision, ctx.backend),
+        )
+        return *_only_needed(grads, needs), None, None, None
 
 
 class CodesAt(torch.autograd.Function):

@@ -13,6 +13,7 @@ from softvq.functional import (
     code_usage,
     nearest_codes,
     soft_quantize,
+    usage_and_entropy,
 )
 
 __version__ = "0.1.0"
@@ -24,4 +25,5 @@ __all__ = [
     "code_usage",
     "nearest_codes",
     "soft_quantize",
+    "usage_and_entropy",
 ]

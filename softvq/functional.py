@@ -95,11 +95,23 @@ def code_usage(
 
     Arguments and errors as in `soft_quantize`; a batch without rows has no mean and gives NaN.
     """
-    z_heads, codebook_heads, temperature, backend = _prepare(
-        z, codebook, temperature, backend, precision
-    )
-    usage = autograd.CodeUsage.apply(z_heads, codebook_heads, temperature, precision, backend)
-    return usage if codebook.dim() == 3 else usage.squeeze(0)
+    return _usage(z, codebook, temperature, False, backend, precision)[0]
+
+
+def usage_and_entropy(
+    z: Tensor,
+    codebook: Tensor,
+    temperature: float | Tensor,
+    *,
+    backend: Backend = "auto",
+    precision: Precision | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`code_usage`, and the entropy (...) of each row's assignment as `soft_quantize` has it.
+
+    What `losses.entropy_regulariser` takes, with one backward pass for both.
+    """
+    usage, entropy = _usage(z, codebook, temperature, True, backend, precision)
+    return usage, _as_rows(entropy, z, codebook)
 
 
 def assignment_probabilities(z: Tensor, codebook: Tensor, temperature: float | Tensor) -> Tensor:
@@ -167,6 +179,24 @@ def code_sums(
             raise ValueError(f"indices must lie in [0, {codebook_size}), got {low} to {high}")
     backend = _choose_backend(z, backend, support.obstacle(z))
     return operators.code_sums(rows, indices, codebook_size, backend)
+
+
+def _usage(
+    z: Tensor,
+    codebook: Tensor,
+    temperature: float | Tensor,
+    with_entropy: bool,
+    backend: str,
+    precision: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Usage (K,) or (H, K), and the entropy (H, N) or None."""
+    z_heads, codebook_heads, temperature, backend = _prepare(
+        z, codebook, temperature, backend, precision
+    )
+    usage, entropy = autograd.CodeUsage.apply(
+        z_heads, codebook_heads, temperature, with_entropy, precision, backend
+    )
+    return usage if codebook.dim() == 3 else usage.squeeze(0), entropy
 
 
 def _prepare(

@@ -76,8 +76,8 @@ def entropy_regulariser(entropy: Tensor, usage: Tensor) -> Tensor:
     information of latent and code. Yu et al. 2024 (MAGVIT-v2), eq. 5; Shi et al. 2024 (IBQ).
 
     Args:
-        entropy: (...), of each latent's assignment, as from `softvq.soft_quantize`.
-        usage: (K,) or (H, K), the mean assignment, as from `softvq.code_usage`.
+        entropy: (...), of each latent's assignment.
+        usage: (K,) or (H, K), the mean assignment; both as from `softvq.usage_and_entropy`.
     """
     # A floor inside the logarithm: the derivative of p·log p at an unused code is infinite.
     smallest = torch.finfo(usage.dtype).tiny

@@ -140,6 +140,26 @@ def test_a_detached_log_partition_does_not_move_the_latents(backend):
         assert torch.equal(given, expected)
 
 
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+@pytest.mark.parametrize("heads", [(), (3,)], ids=str)
+def test_usage_and_entropy_are_those_of_the_two_operators(backend, heads):
+    z, codebook = torch.randn(4, 6, *heads, 5), torch.randn(*heads, 10, 5)
+    tensors = [x.to(DEVICE).requires_grad_() for x in (z, codebook, torch.tensor(0.7))]
+    together = softvq.usage_and_entropy(*tensors, backend=backend)
+    apart = (
+        softvq.code_usage(*tensors, backend=backend),
+        softvq.soft_quantize(*tensors, backend=backend).entropy,
+    )
+    weights = [torch.randn_like(x) for x in apart]
+    for wanted in ([0], [1], [0, 1]):
+        sums = [
+            sum((weights[i] * outputs[i]).sum() for i in wanted) for outputs in (together, apart)
+        ]
+        given, expected = (torch.autograd.grad(x, tensors, retain_graph=True) for x in sums)
+        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(together, apart)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_detached_probabilities_move_only_the_codebook(backend):
     z, codebook, temperature = inputs()

@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 from softvq import losses
 from softvq.distributed.collectives import mean_over_replicas
-from softvq.functional import code_usage, soft_quantize
+from softvq.functional import usage_and_entropy
 from softvq.quantizers.checks import check_counts, check_positive, check_weights
 from softvq.quantizers.kmeans import kmeans
 from softvq.quantizers.positions import put_back, valid_positions
@@ -216,8 +216,7 @@ class Quantizer(nn.Module):
         if not self.entropy_weight:
             return torch.zeros((), device=z.device)
         codebook = self.codebook.clone()  # running statistics may move it before the backward pass
-        entropy = soft_quantize(z, codebook, self.entropy_temperature).entropy
-        usage = code_usage(z, codebook, self.entropy_temperature)
+        usage, entropy = usage_and_entropy(z, codebook, self.entropy_temperature)
         usage = mean_over_replicas(usage, self.sync_codebook)
         return losses.entropy_regulariser(entropy, usage)
 
