@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bench.results import OUT, Results, Row, headline, print_table, version
 from bench.trainer import ours
 from softvq.training.config import TrainConfig
-from softvq.training.trainer import load_task
+from softvq.training.load import load_task
 
 DIM = 16
 NET: dict[str, Any] = {"latent_dim": DIM, "width": 16, "residual_blocks": 1, "batch_size": 256}

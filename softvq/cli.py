@@ -15,12 +15,14 @@ from softvq.data import DataError
 from softvq.training.codes import SPLITS
 from softvq.training.commands import decode, encode, evaluate_run, reconstruct, sample
 from softvq.training.config import MODELS, TrainConfig, read_config
+from softvq.training.guards import TrainingError
+from softvq.training.load import load_task
 from softvq.training.plan import plan
 from softvq.training.ranks import was_restarted
 from softvq.training.report import write_report
 from softvq.training.run_folder import RunError, RunFolder
 from softvq.training.settings import ConfigError, describe_default, value_types
-from softvq.training.trainer import TrainingError, load_task, train
+from softvq.training.trainer import train
 
 # settings that a resumed run may have otherwise
 CHANGEABLE = ("device", "on_nan", "stream", "workers", "on_bad_image")

@@ -66,8 +66,8 @@ def load_data(
     parts = (train, validation, source.test)
     if isinstance(train, StreamedSet):
         if train.decoded_bytes <= reading.stream_above:
-            parts = tuple(part.in_memory() for part in parts)
-        train.bad.tell()
+            parts = tuple(part.in_memory(reading.watch) for part in parts)
+        train.bad.tell(reading.leads)
     elif image_size is not None:
         parts = tuple(ImageSet(fit(part.images, image_size), part.labels) for part in parts)
     return DataSplits(*parts, source.class_names)

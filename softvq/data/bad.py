@@ -31,11 +31,11 @@ class BadPictures:
             )
         self._names |= dict.fromkeys(problems)
 
-    def tell(self) -> None:
+    def tell(self, aloud: bool = True) -> None:
         """Note, in one line, the pictures that were found since the last time."""
         new = list(self._names)[self._told :]
         self._told = len(self._names)
-        if new:
+        if new and aloud:
             what = "1 picture" if len(new) == 1 else f"{len(new):,} pictures"
             self.note(f"{what} that cannot be read left out: {_listed(new, ', ')}")
 

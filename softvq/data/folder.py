@@ -14,6 +14,7 @@ from softvq.data.index import Pictures, find_pictures
 from softvq.data.splits import split_off
 from softvq.data.streamed import StreamedSet
 from softvq.data.types import DataError, Source
+from softvq.data.watch import Watch, unwatched
 
 TEST_FRACTION = 0.2
 TEST_SEED = 0
@@ -27,12 +28,16 @@ class Reading:
     workers: processes that decode; 0: this one.
     skip_bad: leave out pictures that cannot be read, and tell `note` in one line; else they are an
     error.
+    leads: of the processes that read the same pictures, this one tells of them.
+    watch: (items, their number, what is done) → the same items, perhaps with a bar meanwhile.
     """
 
     stream_above: float = math.inf
     workers: int = 0
     skip_bad: bool = False
     note: Callable[[str], None] = print
+    leads: bool = True
+    watch: Watch = unwatched
 
 
 def load_folder(root: Path, image_size: tuple[int, int] | None, reading: Reading) -> Source:
@@ -47,7 +52,7 @@ def load_folder(root: Path, image_size: tuple[int, int] | None, reading: Reading
     """
     folders = _split_folders(root)
     bad = BadPictures(reading.skip_bad, reading.note)
-    pictures, classes = find_pictures(folders, reading.workers, bad)
+    pictures, classes = find_pictures(folders, reading.workers, bad, reading.watch)
     names, labels = _number(classes)
     whole = StreamedSet(
         pictures,

@@ -14,6 +14,7 @@ from softvq.data.bad import BadPictures
 from softvq.data.pictures import explained, read_image
 from softvq.data.shares import look_at, shares_of
 from softvq.data.types import DataError
+from softvq.data.watch import Watch
 from softvq.data.workers import in_workers
 
 ROW = np.dtype(
@@ -64,7 +65,7 @@ class Pictures:
 
 
 def find_pictures(
-    folders: Sequence[Path], workers: int, bad: BadPictures
+    folders: Sequence[Path], workers: int, bad: BadPictures, watch: Watch
 ) -> tuple[Pictures, list[str | None]]:
     """The pictures of some folders, folder by folder, and the name of the class of each.
 
@@ -78,7 +79,8 @@ def find_pictures(
     classes: list[str | None] = []
     shards: list[Path] = []
     problems: dict[str, str] = {}
-    for (number, share), entries in zip(shares, looked, strict=True):
+    found = watch(zip(shares, looked, strict=True), len(shares), "looking at pictures")
+    for (number, share), entries in found:
         if share.shard is not None:
             shards.append(share.shard)
         shard = -1 if share.shard is None else len(shards) - 1
@@ -90,11 +92,11 @@ def find_pictures(
                 rows.append((number, shard, entry.offset, entry.size, *entry.header))
                 classes.append(entry.label)
     bad.found(problems)
-    found = Pictures(np.array(names, "S"), np.array(rows, ROW), tuple(shards))
+    pictures = Pictures(np.array(names, "S"), np.array(rows, ROW), tuple(shards))
     for number, folder in enumerate(folders):
-        if not (found.rows["folder"] == number).any():
+        if not (pictures.rows["folder"] == number).any():
             raise DataError(f"{folder}: none of the images there can be read")
-    return found, classes
+    return pictures, classes
 
 
 def _full_name(name: str, shard: Path | None) -> str:

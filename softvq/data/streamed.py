@@ -14,6 +14,7 @@ from softvq.data.index import Pictures
 from softvq.data.pictures import UnreadableError, size_text
 from softvq.data.resize import fit
 from softvq.data.types import Batch, DataError, ImageSet
+from softvq.data.watch import Watch, unwatched
 from softvq.data.workers import AHEAD, in_workers
 
 CHUNK = 64  # pictures that a process decodes in one go: several share a batch
@@ -105,7 +106,7 @@ class StreamedSet:
         finally:
             self.bad.tell()
 
-    def in_memory(self) -> ImageSet:
+    def in_memory(self, watch: Watch = unwatched) -> ImageSet:
         """All images decoded; those that cannot be read are left out, if bad ones are skipped.
 
         Raises DataError for an image that cannot be read, and when none is left.
@@ -113,11 +114,12 @@ class StreamedSet:
         images = torch.empty(len(self), *self.image_shape, dtype=torch.uint8)
         labels = torch.empty_like(self.labels)
         count = 0
-        chunks = (
+        chunks = [
             Chunk(positions.tolist(), last=True, full=False)
             for positions in torch.arange(len(self)).split(CHUNK)
-        )
-        for decoded in in_workers(self._decode, chunks, self.workers):
+        ]
+        loaded = in_workers(self._decode, chunks, self.workers)
+        for decoded in watch(loaded, len(chunks), "decoding pictures"):
             self.bad.found(decoded.problems)
             place = slice(count, count + len(decoded.labels))
             images[place], labels[place] = decoded.images, decoded.labels

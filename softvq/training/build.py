@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from softvq.data import DataSplits, Reading, load_data
+from softvq.data.watch import Watch, unwatched
 from softvq.models import (
     VQVAE,
     VQVAE2,
@@ -30,11 +31,12 @@ from softvq.training.config import (
     TrainConfig,
     size_pair,
 )
+from softvq.training.ranks import is_first
 from softvq.training.settings import ConfigError
 from softvq.training.warn import warn
 
 
-def build_data(config: TrainConfig) -> DataSplits:
+def build_data(config: TrainConfig, watch: Watch = unwatched) -> DataSplits:
     """The splits of images the configuration names. Raises DataError."""
     cuda = config.device != "cpu" and torch.cuda.is_available()
     memory = machine.memory(torch.device("cuda" if cuda else "cpu"))
@@ -47,7 +49,7 @@ def build_data(config: TrainConfig) -> DataSplits:
         seed=config.seed,
         validation_fraction=config.validation_fraction,
         image_size=config.image_size_pair,
-        reading=Reading(limits[config.stream], workers, skip, warn),
+        reading=Reading(limits[config.stream], workers, skip, warn, is_first(), watch),
     )
 
 

@@ -1,7 +1,9 @@
 """What a person sees while a run trains: a live bar on a terminal, plain lines elsewhere."""
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -10,6 +12,7 @@ from rich.progress import (
     SpinnerColumn,
     TextColumn,
     TimeRemainingColumn,
+    track,
 )
 from rich.progress import (
     Progress as Bar,
@@ -84,6 +87,14 @@ class Display:
 
     def _print(self, text: str) -> None:
         self.console.print(text, soft_wrap=True)
+
+
+def with_bar(items: Iterable[Any], number: int, what: str) -> Iterable[Any]:
+    """The same items; on a terminal with a bar that is gone at the end."""
+    console = Console(stderr=True)
+    return track(
+        items, what, number, console=console, transient=True, disable=not console.is_terminal
+    )
 
 
 # name -> (how a line says it, how its value is written), of the metrics that matter most

@@ -12,19 +12,17 @@ import torch
 from softvq import metrics
 from softvq.training import ranks
 from softvq.training.advice import memory_advice, warn_of_collapse
-from softvq.training.build import build_data
 from softvq.training.checkpoint import Progress, Stateful, load_checkpoint, sha256
-from softvq.training.codes import check_prior, load_tokenizer
+from softvq.training.codes import check_prior
 from softvq.training.config import PRIOR, TrainConfig
 from softvq.training.engine import Engine
 from softvq.training.finish import finish
 from softvq.training.guards import TrainingError
-from softvq.training.images import ImageTask
+from softvq.training.load import load_task
 from softvq.training.lock import locked
 from softvq.training.memory import peak_memory
 from softvq.training.optimizer import build_optimizer, set_learning_rates
 from softvq.training.outbox import Outbox
-from softvq.training.prior import PriorTask
 from softvq.training.progress import Display
 from softvq.training.resume import resume_run
 from softvq.training.run_folder import RunFolder, model_bytes
@@ -61,7 +59,7 @@ def train(
                 if not resume:
                     run.check(overwrite)
                 run.sweep()
-            config, task = load_task(config, device)
+            config, task = load_task(config, device, quiet=quiet or not writes)
             if not resume and writes:
                 run.create(config)
             board = Board(run.events) if tensorboard and writes else None
@@ -72,25 +70,6 @@ def train(
         if finished and writes:
             trainer.finish()
         return finished
-
-
-def load_task(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, Task]:
-    """The resolved settings, and the untrained model they describe with its data."""
-    if config.model in PRIOR:
-        run = RunFolder(config.tokenizer)
-        tokenizer = load_tokenizer(run, device)
-        with ranks.first_rank_first():  # it downloads, the others read
-            images = build_data(run.read_config())
-        config = config.resolved(len(images.train))
-        ranks.check_batch_size(config.batch_size)
-        torch.manual_seed(config.seed)
-        return config, PriorTask(config, tokenizer, images, device, run.fingerprint())
-    with ranks.first_rank_first():
-        images = build_data(config)
-    config = config.resolved(len(images.train), images.image_shape)
-    ranks.check_batch_size(config.batch_size)
-    torch.manual_seed(config.seed)
-    return config, ImageTask(config, images, device)
 
 
 class Trainer:

@@ -32,8 +32,8 @@ def zoo(tmp_path):
     return paint(tmp_path / "zoo", COUNT)
 
 
-def load(folder, *, stream=True, workers=0, skip=False, note=print, **options):
-    reading = Reading(-1 if stream else float("inf"), workers, skip, note)
+def load(folder, *, stream=True, workers=0, skip=False, note=print, reading=None, **options):
+    reading = Reading(-1 if stream else float("inf"), workers, skip, note, **reading or {})
     return load_data("folder", folder, reading=reading, **options)
 
 
@@ -210,6 +210,42 @@ def test_one_line_in_each_epoch_with_news(zoo):
             next(source)
     assert list(source) == []
     assert [line.split()[0] for line in lines] == ["2", "3"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_all_processes_find_is_told_by_one(zoo, stream):
+    order = numbers(whole(load(zoo).train))
+    bad = {kind: f"{order[n]:03}.png" for n, kind in enumerate(("empty", "torn"))}
+    for kind, name in bad.items():
+        (path,) = zoo.glob(f"*/{name}")
+        path.write_bytes(BAD[kind])
+    told = {}
+    for leads in (True, False):
+        lines = told[leads] = []
+        read_all(load(zoo, stream=stream, skip=True, note=lines.append, reading={"leads": leads}))
+    if stream:  # each process decodes a part of its own
+        assert [len(lines) for lines in told.values()] == [2, 1]
+        assert told[False] == told[True][1:] and bad["torn"] in told[False][0]
+    else:
+        assert [len(lines) for lines in told.values()] == [1, 0]
+
+
+def test_long_work_is_watched(zoo, monkeypatch):
+    monkeypatch.setattr("softvq.data.shares.FILES", 4)
+    monkeypatch.setattr("softvq.data.streamed.CHUNK", 8)
+    seen = []
+
+    def watch(items, number, what):
+        found = list(items)
+        seen.append((what, number, len(found)))
+        return found
+
+    load(zoo, stream=False, reading={"watch": watch})
+    looking, *decoding = seen
+    assert looking == ("looking at pictures", COUNT // 4, COUNT // 4)
+    assert len(decoding) == 3
+    for what, number, found in decoding:
+        assert what == "decoding pictures" and number == found
 
 
 def test_all_are_named_in_one_go(zoo):

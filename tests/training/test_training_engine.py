@@ -11,9 +11,10 @@ from softvq.schedules import annealed
 from softvq.training import cuda_graph, steering
 from softvq.training.config import MODELS, TrainConfig
 from softvq.training.engine import COMPILE_FROM, Engine, compiles, uses_bfloat16
+from softvq.training.load import load_task
 from softvq.training.optimizer import build_optimizer, set_learning_rates
 from softvq.training.run_folder import RunFolder
-from softvq.training.trainer import batches, load_task
+from softvq.training.trainer import batches
 
 CPU = torch.device("cpu")
 STEPS = 12

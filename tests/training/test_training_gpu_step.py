@@ -16,8 +16,8 @@ from softvq.quantizers import Quantizer
 from softvq.training import images
 from softvq.training.config import MODELS, PRIOR, TrainConfig
 from softvq.training.engine import Engine
+from softvq.training.load import load_task
 from softvq.training.optimizer import build_optimizer
-from softvq.training.trainer import load_task
 
 CUDA = torch.device("cuda", 0)
 BATCH = 8

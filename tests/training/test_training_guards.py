@@ -13,9 +13,10 @@ from softvq.quantizers import EMAVQ, VQ
 from softvq.training import steering
 from softvq.training.config import IMAGES, MODELS, TrainConfig, torch_device
 from softvq.training.guards import Guard, TrainingError
+from softvq.training.load import load_task
 from softvq.training.run_folder import RunFolder
 from softvq.training.task import Task
-from softvq.training.trainer import Trainer, load_task, train
+from softvq.training.trainer import Trainer, train
 
 NAN, INF = float("nan"), float("inf")
 

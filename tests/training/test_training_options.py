@@ -10,11 +10,12 @@ import torch
 from softvq.cli import main
 from softvq.training import tensorboard
 from softvq.training.config import TrainConfig, read_config
+from softvq.training.load import load_task
 from softvq.training.memory import activation_bytes, peak_memory
 from softvq.training.plan import memory
 from softvq.training.run_folder import RunFolder
 from softvq.training.tensorboard import Board, picture
-from softvq.training.trainer import load_task, train
+from softvq.training.trainer import train
 
 CPU = torch.device("cpu")
 

@@ -17,9 +17,10 @@ from softvq.training.checkpoint import read_checkpoint
 from softvq.training.commands import encode, evaluate_run
 from softvq.training.config import STREAM_ABOVE, TrainConfig
 from softvq.training.guards import TrainingError
+from softvq.training.load import load_task
 from softvq.training.run_folder import RunFolder
 from softvq.training.settings import ConfigError
-from softvq.training.trainer import Trainer, batches, load_task, train
+from softvq.training.trainer import Trainer, batches, train
 from tests.launch import RANKS, launch
 from tests.pictures import packed, paint
 from tests.runs import metrics_of

@@ -1,0 +1,39 @@
+"""From a configuration to what is trained: the model with its data."""
+
+import torch
+
+from softvq.data.watch import unwatched
+from softvq.training import ranks
+from softvq.training.build import build_data
+from softvq.training.codes import load_tokenizer
+from softvq.training.config import PRIOR, TrainConfig
+from softvq.training.images import ImageTask
+from softvq.training.prior import PriorTask
+from softvq.training.progress import with_bar
+from softvq.training.run_folder import RunFolder
+from softvq.training.task import Task
+
+
+def load_task(
+    config: TrainConfig, device: torch.device, *, quiet: bool = True
+) -> tuple[TrainConfig, Task]:
+    """The resolved settings, and the untrained model they describe with its data.
+
+    quiet: without a bar while many pictures are looked at or decoded.
+    """
+    watch = unwatched if quiet else with_bar
+    if config.model in PRIOR:
+        run = RunFolder(config.tokenizer)
+        tokenizer = load_tokenizer(run, device)
+        with ranks.first_rank_first():  # it downloads, the others read
+            images = build_data(run.read_config(), watch)
+        config = config.resolved(len(images.train))
+        ranks.check_batch_size(config.batch_size)
+        torch.manual_seed(config.seed)
+        return config, PriorTask(config, tokenizer, images, device, run.fingerprint())
+    with ranks.first_rank_first():
+        images = build_data(config, watch)
+    config = config.resolved(len(images.train), images.image_shape)
+    ranks.check_batch_size(config.batch_size)
+    torch.manual_seed(config.seed)
+    return config, ImageTask(config, images, device)
