@@ -128,5 +128,5 @@ def probability_sums(
 
 
 def nearest(z: Tensor, codebook: Tensor, precision: str = "highest") -> Tensor:
-    """Index of the nearest code, (H, N) int64; the lowest index wins a tie."""
+    """Index of the nearest code, (H, N) int64; the lowest index wins a tie of scores as rounded."""
     return scores(z, codebook, z.new_ones(())).argmax(-1)

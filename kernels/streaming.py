@@ -245,7 +245,7 @@ def probability_sums(
 
 
 def nearest(z: Tensor, codebook: Tensor, precision: str = "highest") -> Tensor:
-    """Index of the nearest code, (H, N) int64; the lowest index wins a tie."""
+    """Index of the nearest code, (H, N) int64; the lowest index wins a tie of scores as rounded."""
     heads, rows, _ = z.shape
     codes = codebook.shape[1]
     dtype = accumulation_dtype(z, codebook)

@@ -133,7 +133,8 @@ def nearest_codes(
 ) -> tuple[Tensor, Tensor]:
     """Index (...) int64 of each row's nearest code, and its squared distance (...).
 
-    z (..., D) and codebook (K, D), or (..., H, D) and (H, K, D). The lowest index wins a tie. The
+    z (..., D) and codebook (K, D), or (..., H, D) and (H, K, D). The lowest index wins a tie;
+    without Triton a matrix product may round two equal codes apart and so choose the later one. The
     distance is differentiable in z and codebook. Arguments and errors as in `soft_quantize`, but
     "high" here is as accurate as "highest", and "medium" rounds float32 to float16.
     """
