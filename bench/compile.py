@@ -37,7 +37,15 @@ INPUTS = {
     "fp32 high": (torch.float32, torch.float32, "high"),
     "fp32 medium": (torch.float32, torch.float32, "medium"),
 }
-CALLS = ("forward", "backward", "backward, all", "usage", "nearest", "code sums")
+CALLS = (
+    "forward",
+    "backward",
+    "backward, partition",
+    "backward, all",
+    "usage",
+    "nearest",
+    "code sums",
+)
 # What most users run, for --quick.
 QUICK = {
     "dim": (64, 128),
@@ -79,8 +87,9 @@ def cases(
 def call(
     name: str, dim: int, latents: torch.dtype, codebook_dtype: torch.dtype, precision: str
 ) -> None:
-    """Call one wrapper. "backward" is that of quantized alone, as in most training; "backward,
-    all" has every incoming gradient and the temperature's.
+    """Call one wrapper. "backward" is that of quantized alone; "backward, partition" has the
+    log-partition's gradient too, as where a free energy trains codes and latents; "backward, all"
+    every incoming gradient, and the temperature's.
     """
     z = torch.zeros(1, ROWS, dim, dtype=latents)
     codebook = torch.zeros(1, CODES, dim, dtype=codebook_dtype)
@@ -92,6 +101,8 @@ def call(
         fused.soft_forward(*inputs, **known)
     elif name == "backward":
         fused.soft_backward(*inputs, z, None, None, None, True, True, False, **known)
+    elif name == "backward, partition":
+        fused.soft_backward(*inputs, z, row, None, None, True, True, False, **known)
     elif name == "backward, all":
         usage = torch.zeros(1, CODES)
         fused.soft_backward(*inputs, z, row, row, usage, True, True, True, **known)
