@@ -1,5 +1,6 @@
 """The quantizer with sampled codes."""
 
+from functools import partial
 from typing import NamedTuple, Unpack
 
 import torch
@@ -45,9 +46,9 @@ class GumbelVQ(TemperedQuantizer):
     Maddison et al. 2017. As T falls it becomes a sample from p. In evaluation it is the nearest
     code, with a straight-through gradient. loss = kl_weight · KL(p ‖ uniform), a mean over indices.
 
-    No N×K tensor is held: rows are sampled in blocks of at most max(K, 2²⁴) rows × codes, and again
-    for the backward pass. Four such blocks live at a time: 256 MB in float32 up to K = 16 million,
-    whatever the number of rows.
+    No N×K tensor is held: rows are sampled in blocks of at most max(K, 2²⁴) rows × codes and, where
+    there are several, again for the backward pass. Four such blocks live at a time: 256 MB in
+    float32 up to K = 16 million, whatever the number of rows.
 
     Args:
         dim, codebook_size, codebook_dim, heads, **options: see `Quantizer`.
@@ -88,16 +89,16 @@ class GumbelVQ(TemperedQuantizer):
         codebook = self.codebook
         rows = self._by_codebook(z)
         block_rows = max(1, BLOCK_ELEMENTS // (self.codebooks * self.codebook_size))
-        blocks = [
-            checkpoint(
-                *(_relaxed_sample, block, codebook.view_as(self._stored_codes)),
-                *(self.temperature, self.logits_temperature, self.straight_through),
-                use_reentrant=False,
-            )
-            for block in rows.split(block_rows, 1)
+        blocks = rows.split(block_rows, 1)
+        sample = _relaxed_sample
+        if len(blocks) > 1:  # one alone is kept: a CUDA graph cannot draw its noise again
+            sample = partial(checkpoint, _relaxed_sample, use_reentrant=False)
+        options = (self.temperature, self.logits_temperature, self.straight_through)
+        samples = [
+            sample(block, codebook.view_as(self._stored_codes), *options) for block in blocks
         ]
         relaxed, indices = (
-            torch.cat(parts, 1).transpose(0, 1) for parts in zip(*blocks, strict=True)
+            torch.cat(parts, 1).transpose(0, 1) for parts in zip(*samples, strict=True)
         )
         relaxed, indices = relaxed.reshape(z.shape), indices.reshape(z.shape[:-1])
         if self.straight_through:

@@ -213,8 +213,7 @@ def test_a_cuda_graph_is_the_step(tiny_runs, model, precision):
     cuda = torch.device("cuda")
     found = trained(config, cuda)
     eager = trained(config, cuda, recorder=lambda function: function)
-    if model != "vqvae-gumbel":  # its checkpoint asks for the random state, and is not recorded
-        assert not found.lines
+    assert not found.lines
     assert_same(found, eager)
 
 
