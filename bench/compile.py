@@ -40,6 +40,7 @@ INPUTS = {
 CALLS = (
     "forward",
     "backward",
+    "backward, training",
     "backward, partition",
     "backward, all",
     "usage",
@@ -87,9 +88,9 @@ def cases(
 def call(
     name: str, dim: int, latents: torch.dtype, codebook_dtype: torch.dtype, precision: str
 ) -> None:
-    """Call one wrapper. "backward" is that of quantized alone; "backward, partition" has the
-    log-partition's gradient too, as where a free energy trains codes and latents; "backward, all"
-    every incoming gradient, and the temperature's.
+    """Call one wrapper. "backward" is that of quantized alone; "backward, training" has that of a
+    detached log-partition too, as in most training; "backward, partition" of one that also moves
+    the latents; "backward, all" every incoming gradient, and the temperature's.
     """
     z = torch.zeros(1, ROWS, dim, dtype=latents)
     codebook = torch.zeros(1, CODES, dim, dtype=codebook_dtype)
@@ -101,7 +102,8 @@ def call(
         fused.soft_forward(*inputs, **known)
     elif name == "backward":
         fused.soft_backward(*inputs, z, None, None, None, True, True, False, **known)
-    elif name == "backward, partition":
+    elif name in ("backward, training", "backward, partition"):
+        known["detach_log_partition"] = name == "backward, training"
         fused.soft_backward(*inputs, z, row, None, None, True, True, False, **known)
     elif name == "backward, all":
         usage = torch.zeros(1, CODES)

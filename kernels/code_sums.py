@@ -121,5 +121,6 @@ def _segment_sums(
         PAD=padded_dim(dim),
         ROWS=max(1, min(32, 8192 // padded_dim(dim))),  # at most 64 registers of sums a thread
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return sums

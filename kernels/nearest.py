@@ -50,6 +50,7 @@ def nearest(z: Tensor, codebook: Tensor, precision: Precision = "highest") -> Te
             CODES=tile.codes,
             STAGES=tile.stages,
             num_warps=tile.warps,
+            enable_fp_fusion=True,
         )
         return [compiled], indices
 

@@ -50,6 +50,7 @@ def prepare(codebook: Tensor, how: Arithmetic) -> PreparedCodebook:
         PAD=pad,
         CODES=_CODES,
         num_warps=max(4, pad // 32),
+        enable_fp_fusion=True,
     )
     return PreparedCodebook(high, low, half_norm, mean, scale)
 

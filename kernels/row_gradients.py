@@ -93,7 +93,8 @@ def launch(
 
     incoming = (grad_quantized, grad_log_partition, grad_entropy, code_gradient)
     parts = [*(x is not None for x in incoming), needs_z, needs_temperature]
-    more = needs_temperature or grad_entropy is not None or code_gradient is not None
+    pulls = grad_log_partition is not None and not detach_log_partition
+    more = needs_temperature or grad_entropy is not None or code_gradient is not None or pulls
     kernel = "row_gradients, all" if more else "row_gradients"
     return run(tiles.choose(kernel, how, z, padded_codes, run, *parts))[1]
 

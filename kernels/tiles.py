@@ -18,7 +18,8 @@ from torch import Tensor
 from softvq.kernels import tuning
 from softvq.kernels.arithmetic import Arithmetic, Operands
 
-# "all": with the gradients of entropy, usage or temperature, which need registers of their own.
+# "all": with the gradient of entropy, usage or temperature, or a log-partition's that moves z; each
+# needs registers of its own.
 Kernel = Literal[
     "forward", "row_gradients", "row_gradients, all", "code_sweep", "code_sweep, all", "nearest"
 ]
@@ -232,6 +233,7 @@ def constants(tile: Tile, part: int, how: Arithmetic, z: Tensor) -> dict[str, ob
         "CODES": tile.codes,
         "STAGES": tile.stages,
         "num_warps": tile.warps,
+        "enable_fp_fusion": True,
     }
 
 
