@@ -59,7 +59,7 @@ _HOPPER: Table = {
     ("row_gradients, all", "mixed"): (Tile(64, 64, 4), Tile(128, 64, 8), Tile(128, 32, 8)),
     ("row_gradients, all", "converted"): (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 64, 4, 1, 2)),
     ("row_gradients, all", "high"): (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 64, 8, 1, 2)),
-    ("row_gradients, all", "split"): (Tile(128, 64, 8), Tile(64, 32, 4), Tile(16, 64, 8, 1, 2)),
+    ("row_gradients, all", "split"): (Tile(128, 64, 8), Tile(64, 32, 4), Tile(32, 64, 8, 1, 2)),
     ("code_sweep", "bfloat16"): (Tile(128, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
     ("code_sweep", "mixed"): (Tile(128, 64, 4), Tile(64, 64, 4), Tile(32, 128, 8)),
     ("code_sweep", "converted"): (Tile(64, 128, 8), Tile(64, 128, 8), Tile(32, 128, 8, 1, 2)),

@@ -66,8 +66,8 @@ def sample(tmp_path_factory):
 
 
 def kernel_of(row: dict[str, str]) -> tiles.Kernel:
-    every_gradient = row["call"] == "backward, all" and row["kernel"] in SOFT[1:]
-    return f"{row['kernel']}, all" if every_gradient else row["kernel"]
+    more = {"backward, all": SOFT[1:], "backward, partition": ["row_gradients"]}
+    return row["kernel"] + ", all" * (row["kernel"] in more.get(row["call"], ()))
 
 
 def operands_of(row: dict[str, str]) -> str:
