@@ -14,13 +14,13 @@ DEVICE = "cuda"
 def step(z, codebook, temperature) -> tuple[torch.Tensor, ...]:
     """Everything public, forward and backward, the way a user calls it."""
     out = softvq.soft_quantize(z, codebook, temperature)
-    usage = softvq.code_usage(z, codebook, temperature)
+    both = softvq.usage_and_entropy(z, codebook, temperature)
     indices, distance = softvq.nearest_codes(z, codebook)
     sums, counts = softvq.code_sums(z, indices, len(codebook))
-    losses = (out.quantized, out.log_partition, out.entropy, usage, distance, sums)
+    losses = (out.quantized, out.log_partition, out.entropy, *both, distance, sums)
     loss = sum(x.float().square().mean() for x in losses)
     grads = torch.autograd.grad(loss, (z, codebook, temperature))
-    return *out, usage, indices, counts, *grads
+    return *out, *both, indices, counts, *grads
 
 
 def inputs(rows=3000, codes=500, temperature=4.0, dtype=torch.bfloat16):
@@ -74,10 +74,10 @@ def test_compile(dynamic):
     @torch.compile(fullgraph=True, dynamic=dynamic)
     def loss(z, codebook, temperature):
         out = softvq.soft_quantize(z, codebook, temperature)
-        usage = softvq.code_usage(z, codebook, temperature)
+        both = softvq.usage_and_entropy(z, codebook, temperature)
         _, distance = softvq.nearest_codes(z, codebook)
         sums, _ = softvq.code_sums(z, out.indices, len(codebook))
-        parts = (out.quantized, out.log_partition, out.entropy, usage, distance, sums)
+        parts = (out.quantized, out.log_partition, out.entropy, *both, distance, sums)
         return sum(x.float().square().mean() for x in parts)
 
     for temperature, rows in ((4.0, 3000), (2.0, 1001), (1.0, 5000)):

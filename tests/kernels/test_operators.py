@@ -23,17 +23,17 @@ def inputs(rows=70, codes=40, dim=20):
 def every_result(z, codebook, temperature, **options) -> tuple[torch.Tensor, ...]:
     """All that the operators give, differentiable first."""
     out = softvq.soft_quantize(z, codebook, temperature, **options)
-    usage = softvq.code_usage(z, codebook, temperature, **options)
+    both = softvq.usage_and_entropy(z, codebook, temperature, **options)
     indices, distance = softvq.nearest_codes(z, codebook, **options)
     sums, counts = softvq.code_sums(z, out.indices, len(codebook), backend=options["backend"])
-    differentiable = (out.quantized, out.log_partition, out.entropy, usage, distance, sums)
+    differentiable = (out.quantized, out.log_partition, out.entropy, *both, distance, sums)
     return *differentiable, out.indices, indices, counts
 
 
 def with_gradients(function, *tensors, **options) -> list[torch.Tensor]:
     """Results of `every_result`, and gradients of the inputs."""
     results = function(*tensors, **options)
-    loss = sum(x.square().mean() for x in results[:6])
+    loss = sum(x.square().mean() for x in results[:7])
     return [*results, *torch.autograd.grad(loss, tensors)]
 
 
