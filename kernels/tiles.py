@@ -214,10 +214,13 @@ def neighbours(
 
 def shared_bytes(kernel: Kernel, operands: Operands, dim: int, tile: Tile) -> int:
     """What the operands of the products take; the compiler may need more, and then refuses."""
-    matrices = 1 if kernel in ("forward", "nearest") else 2  # z, and the gradient of q
-    if kernel.startswith("code_sweep"):
-        matrices = 1 + 1 / tile.parts  # once it has the scores, only its own part of z
-    rows = int(matrices * tile.rows) * (4 if operands in ("high", "split") else 2)
+    latents = 4 if operands in ("high", "split") else 2  # bytes of an element of z,
+    gradient = 4 if operands == "split" else 2  # and of the gradient of q
+    if kernel in ("forward", "nearest"):
+        gradient = 0
+    elif kernel.startswith("code_sweep"):
+        gradient //= tile.parts  # with the scores it has, it needs only its own part
+    rows = tile.rows * (latents + gradient)
     codes = tile.codes * (2 if operands in ("bfloat16", "converted") else 4)
     kept, streamed = (codes, rows) if kernel.startswith("code_sweep") else (rows, codes)
     return padded_dim(dim) * (kept + tile.stages * streamed)
