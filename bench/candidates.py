@@ -74,11 +74,7 @@ LEAN = "q, indices"
 def eager(z: Tensor, codebook: Tensor, temperature: float | Tensor) -> Outputs:
     """The N×K matrix in plain PyTorch, with everything `soft_quantize` returns."""
     scores = eager_scores(z, codebook, temperature)
-    log_p = scores.log_softmax(1)
-    p = log_p.exp()
-    indices = scores.detach().argmax(1)
-    entropy = -(p.detach() * log_p.detach()).sum(1)
-    return Outputs(p.to(z.dtype) @ codebook, indices, scores.detach().logsumexp(1), entropy)
+    return eager_outputs(scores, scores.detach(), codebook)
 
 
 def eager_scores(z: Tensor, codebook: Tensor, temperature: float | Tensor) -> Tensor:
@@ -89,6 +85,15 @@ def eager_scores(z: Tensor, codebook: Tensor, temperature: float | Tensor) -> Te
         + codebook.float().square().sum(1)
     )
     return -distance / temperature
+
+
+def eager_outputs(scores: Tensor, of_partition: Tensor, codebook: Tensor) -> Outputs:
+    """Everything that follows from scores (N, K); the log-partition from those `of_partition`."""
+    log_p = scores.log_softmax(1)
+    p = log_p.exp()
+    indices = scores.detach().argmax(1)
+    entropy = -(p.detach() * log_p.detach()).sum(1)
+    return Outputs(p.to(codebook.dtype) @ codebook, indices, of_partition.logsumexp(1), entropy)
 
 
 def eager_lean(z: Tensor, codebook: Tensor, temperature: float | Tensor) -> Outputs:

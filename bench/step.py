@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bench.candidates import eager_scores
+from bench.candidates import eager_outputs, eager_scores
 from bench.check import require_green
 from bench.measure import Clock, bounded_memory, peak_bytes, quantiles, reason
 from bench.op import free
@@ -34,13 +34,10 @@ class EagerSoftVQ(SoftVQ):
     def quantize(self, z: Tensor) -> SoftQuantized:
         """As SoftVQ, over an N×K matrix; over another where the loss reads constant latents."""
         rows = z.flatten(0, -2)
-        scores = constant = eager_scores(rows, self.codebook, self.temperature)
+        scores = of_partition = eager_scores(rows, self.codebook, self.temperature)
         if self.commitment_weight == 0:
-            constant = eager_scores(rows.detach(), self.codebook, self.temperature)
-        log_p = scores.log_softmax(1)
-        p = log_p.exp()
-        entropy = -(p.detach() * log_p.detach()).sum(1)
-        outputs = (p @ self.codebook, scores.detach().argmax(1), constant.logsumexp(1), entropy)
+            of_partition = eager_scores(rows.detach(), self.codebook, self.temperature)
+        outputs = eager_outputs(scores, of_partition, self.codebook)
         shapes = (z.shape, *3 * (z.shape[:-1],))
         return SoftQuantized(*(x.view(shape) for x, shape in zip(outputs, shapes, strict=True)))
 

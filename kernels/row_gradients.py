@@ -57,6 +57,7 @@ def launch(
     rows (H, N) contiguous; indices and row_state the forward's; code_gradient (H, padded K) is υ/N.
     """
     (heads, rows, _), padded_codes = z.shape, prepared.high.shape[1]
+    log_partition_moves_z = grad_log_partition is not None and not detach_log_partition
     row_shift = z.new_empty((heads, rows), dtype=torch.float32)
     grad_z = z.new_empty(z.shape) if needs_z else None
     largest_usage = None
@@ -78,7 +79,7 @@ def launch(
                 *(grad_quantized, grad_log_partition, grad_entropy, code_gradient, largest_usage),
                 *(grad_z, *(of_rows if part == 0 else (None,) * 3)),
                 *(*z.stride()[:2], *strides, rows, padded_codes),
-                DETACH_LOG_PARTITION=detach_log_partition,
+                LOG_PARTITION_MOVES_Z=log_partition_moves_z,
                 **tiles.constants(tile, part, how, z),
             )
             for part in range(tile.parts if needs_z else 1)
@@ -93,8 +94,8 @@ def launch(
 
     incoming = (grad_quantized, grad_log_partition, grad_entropy, code_gradient)
     parts = [*(x is not None for x in incoming), needs_z, needs_temperature]
-    pulls = grad_log_partition is not None and not detach_log_partition
-    more = needs_temperature or grad_entropy is not None or code_gradient is not None or pulls
+    of_softmax = grad_entropy is not None or code_gradient is not None
+    more = needs_temperature or of_softmax or log_partition_moves_z
     kernel = "row_gradients, all" if more else "row_gradients"
     return run(tiles.choose(kernel, how, z, padded_codes, run, *parts))[1]
 
@@ -126,7 +127,7 @@ def _row_gradients_kernel(
     grad_row_stride: tl.constexpr,
     rows,
     padded_codes,
-    DETACH_LOG_PARTITION: tl.constexpr,
+    LOG_PARTITION_MOVES_Z: tl.constexpr,
     SPLIT_LATENTS: tl.constexpr,
     SPLIT_ALL: tl.constexpr,
     WHOLE_TILES: tl.constexpr,
@@ -283,9 +284,7 @@ def _row_gradients_kernel(
             factor *= operand_scale * unit
         along_quantized = -2.0 * inverse_temperature * sigma
         along_z = 0.0
-        DETACHED: tl.constexpr = DETACH_LOG_PARTITION or grad_log_partition_pointer is None
-        WITH_Z: tl.constexpr = not DETACHED
-        if WITH_Z:
+        if LOG_PARTITION_MOVES_Z:
             along_z = -2.0 * inverse_temperature * grad_log_partition
             along_quantized -= along_z
         if mean_pointer is not None:
@@ -294,5 +293,5 @@ def _row_gradients_kernel(
             *(grad_z_pointer + (head * rows + start) * DIM + FIRST, DIM, rows_left),
             *(pull * factor[:, None], along_quantized, quantized_pointer + FIRST, DIM),
             *(along_z, z_pointer + FIRST, row_stride, mean_pointer),
-            *(ROWS, DIM - FIRST, WIDTH, True, WITH_Z),
+            *(ROWS, DIM - FIRST, WIDTH, True, LOG_PARTITION_MOVES_Z),
         )

@@ -216,11 +216,11 @@ def shared_bytes(kernel: Kernel, operands: Operands, dim: int, tile: Tile) -> in
     """What the operands of the products take; the compiler may need more, and then refuses."""
     latents = 4 if operands in ("high", "split") else 2  # bytes of an element of z,
     gradient = 4 if operands == "split" else 2  # and of the gradient of q
-    if kernel in ("forward", "nearest"):
-        gradient = 0
-    elif kernel.startswith("code_sweep"):
-        gradient //= tile.parts  # with the scores it has, it needs only its own part
-    rows = tile.rows * (latents + gradient)
+    row = latents if kernel in ("forward", "nearest") else latents + gradient
+    if kernel.startswith("code_sweep") and tile.parts > 1:
+        # Once it has the scores, it needs only its own part of z, and as the gradient is.
+        row = max(latents, gradient + gradient // tile.parts)
+    rows = tile.rows * row
     codes = tile.codes * (2 if operands in ("bfloat16", "converted") else 4)
     kept, streamed = (codes, rows) if kernel.startswith("code_sweep") else (rows, codes)
     return padded_dim(dim) * (kept + tile.stages * streamed)

@@ -49,7 +49,7 @@ def build_data(config: TrainConfig, watch: Watch = unwatched) -> DataSplits:
         seed=config.seed,
         validation_fraction=config.validation_fraction,
         image_size=config.image_size_pair,
-        reading=Reading(limits[config.stream], workers, skip, warn, is_first(), watch),
+        reading=Reading(limits[config.stream], workers, skip, warn, leads=is_first(), watch=watch),
     )
 
 

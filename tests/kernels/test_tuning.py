@@ -296,8 +296,8 @@ def test_neighbours_can_run():
 
 
 def test_what_the_operands_take_is_what_the_compiler_says():
-    """On sm_90, where both operands of a product lie in shared memory: hardly a tile is left out
-    that fits, and what is kept can fit.
+    """On sm_90, where both operands of a product lie in shared memory: no tile is left out that
+    fits, and what is kept can fit.
     """
     compile = pytest.importorskip("bench.compile")
     compared = 0
@@ -311,7 +311,7 @@ def test_what_the_operands_take_is_what_the_compiler_says():
             if row["rows"]:
                 tile = tiles.shipped(kernel, operands, dim, "hopper")
                 ratio = tiles.shared_bytes(kernel, operands, dim, tile) / int(row["shared_bytes"])
-                assert 0.9 <= ratio <= 1.05, row
+                assert 0.9 <= ratio <= 1.0, row
                 compared += 1
     assert compared > 40
 
