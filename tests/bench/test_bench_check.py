@@ -32,6 +32,15 @@ def test_green(few, tmp_path, results, capsys):
     assert "14 bounds, 0 broken" in capsys.readouterr().out
 
 
+def test_the_fused_kernels_have_the_same_bounds(few, tmp_path, results):
+    pytest.importorskip("triton")
+    arguments = ["--quick", "--device", "cpu", "--backend", "triton", "--out", str(tmp_path)]
+    assert check.main(arguments) == 0
+    rows = results.current("check")
+    assert {row["candidate"] for row in rows} == {"softvq triton"}
+    assert len(rows) == 2 * 7 and {row["status"] for row in rows} == {"ok"}
+
+
 @pytest.mark.parametrize("spoilt", [lambda x: x * 1.001, lambda x: x * torch.nan])
 def test_a_broken_operator_is_red_and_stops_the_speed_commands(
     few, tmp_path, results, capsys, monkeypatch, spoilt
