@@ -3,7 +3,10 @@
 import sys
 from importlib import import_module
 
-COMMANDS = ("check", "compile", "op", "memory", "step", "trainer", "quality", "all", "figures")
+COMMANDS = (
+    *("check", "compile", "emulate", "op", "memory", "step", "trainer", "quality"),
+    *("all", "figures"),
+)
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

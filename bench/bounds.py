@@ -125,3 +125,18 @@ def reduced_errors(
         .item()
         for name, x in truth.items()
     }
+
+
+def nearest_excess(z: torch.Tensor, codebook: torch.Tensor, indices: torch.Tensor) -> float:
+    """By how much the chosen codes of z (N, D) are further, squared, than the nearest ones, at
+    most, in units of what the rounding of a product z·c explains: at most 1.
+    """
+    z, codebook = z.double(), codebook.double()
+    longest, worst = codebook.norm(dim=1).max(), 0.0
+    for rows, chosen in zip(z.split(4096), indices.split(4096), strict=True):
+        # The same for all codes of a row: ‖z‖² is left out.
+        distance = codebook.square().sum(1) - 2 * rows @ codebook.T
+        excess = distance.gather(1, chosen[:, None])[:, 0] - distance.amin(1)
+        rounding = 16 * 2**-24 * (rows.norm(dim=1) + longest) * longest
+        worst = max(worst, (excess / rounding).max().item())
+    return worst

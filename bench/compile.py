@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 import triton
 
-from bench.launches import Launch, recorded
+from bench.launches import FAMILY, Launch, recorded
 from bench.machine_code import SHARED_LIMIT, TENSOR_MEMORY_LIMIT, inspect
 from bench.roofline import CARDS, kernel_work, times
 from softvq.kernels import fused, tiles
@@ -23,7 +23,6 @@ from softvq.kernels.code_sums import code_sums
 from softvq.kernels.nearest import nearest
 
 ARCHITECTURES = tuple(SHARED_LIMIT)
-FAMILY = {80: "ampere", 90: "hopper", 100: "blackwell"}  # whose tiles they use
 DIMS = (16, 32, 64, 128, 256)
 ROWS, CODES = 4096, 1024
 CARD = {80: "A100", 90: "H200", 100: "B200"}  # whose limits are printed

@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, compile
 from triton.runtime.jit import JITFunction
 
+FAMILY = {80: "ampere", 90: "hopper", 100: "blackwell"}  # whose tiles an architecture uses
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 TYPES = {
     torch.float64: "*fp64",
@@ -51,7 +52,7 @@ def recorded() -> Iterator[list[Launch]]:
     run = JITFunction.run
 
     def record(kernel, *args, grid, warmup, **kwargs):
-        launches.append(_launch(kernel, args, kwargs))
+        launches.append(described(kernel, args, kwargs))
 
     JITFunction.run = record
     try:
@@ -60,8 +61,9 @@ def recorded() -> Iterator[list[Launch]]:
         JITFunction.run = run
 
 
-def _launch(kernel: JITFunction, args: tuple, kwargs: dict) -> Launch:
-    options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+def described(kernel: JITFunction, args: tuple, kwargs: dict) -> Launch:
+    """What Triton would compile for a call of `kernel` with these arguments and options."""
+    options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
     given = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
     signature, constants, divisible = {}, {}, []
     for parameter in kernel.params:
@@ -73,7 +75,8 @@ def _launch(kernel: JITFunction, args: tuple, kwargs: dict) -> Launch:
             constants[parameter.name] = value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = TYPES[value.dtype]
-            divisible.append(parameter.num)  # as everything that PyTorch allocates
+            if value.data_ptr() % 16 == 0:  # as everything that PyTorch allocates
+                divisible.append(parameter.num)
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:

@@ -55,7 +55,9 @@ class Results:
         """Write a command's rows in the place of its earlier ones, and return them as text."""
         kept = [row for row in self.read() if row["command"] != command]
         common = {**self.environment, "command": command, "line": line()}
-        written = [{name: _text((common | row).get(name, "")) for name in COLUMNS} for row in rows]
+        written = [
+            {name: as_text((common | row).get(name, "")) for name in COLUMNS} for row in rows
+        ]
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.path.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -109,7 +111,8 @@ def line() -> str:
     return " ".join(["python -m bench", *sys.argv[1:]])
 
 
-def _text(value: object) -> str:
+def as_text(value: object) -> str:
+    """A cell of a table; numbers to four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
