@@ -93,7 +93,11 @@ _BLACKWELL: Table = _HOPPER | {
     ("code_sweep", "mixed"): (Tile(128, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
     ("code_sweep", "split"): (Tile(64, 128, 8), Tile(32, 128, 8, 1), Tile(64, 128, 8, 1, 2)),
     ("code_sweep, all", "mixed"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
-    ("code_sweep, all", "split"): (Tile(32, 128, 8), Tile(32, 128, 8, 1), Tile(64, 128, 8, 1, 2)),
+    ("code_sweep, all", "split"): (
+        Tile(32, 128, 8, 1),
+        Tile(32, 128, 8, 1),
+        Tile(64, 128, 8, 1, 2),
+    ),
     ("row_gradients", "converted"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 128, 4, 1, 2)),
     ("row_gradients", "high"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4, 2, 2)),
     ("code_sweep", "converted"): (Tile(64, 128, 8), Tile(64, 128, 8), Tile(64, 128, 8, 1, 2)),
