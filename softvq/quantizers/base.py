@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from softvq import losses
-from softvq.distributed.collectives import mean_over_replicas
+from softvq.distributed.collectives import sum_over_replicas
 from softvq.functional import usage_and_entropy
 from softvq.quantizers.checks import check_counts, check_positive, check_weights
 from softvq.quantizers.kmeans import kmeans
@@ -167,7 +167,8 @@ class Quantizer(nn.Module):
 
         Returns:
             quantized (as x), indices (B, ...) int64, with heads (B, ..., heads), the loss () and,
-            if asked for, its parts. The loss of no row at all is zero.
+            if asked for, its parts. The loss of no row at all is zero, but for an entropy
+            regulariser over other replicas' rows.
 
         Raises:
             TypeError, ValueError: an argument of another shape or dtype.
@@ -181,11 +182,10 @@ class Quantizer(nn.Module):
         out = self.quantize(z)
         regulariser = self._entropy_regulariser(z)
         loss, breakdown = self._loss(z, out, regulariser)
+        if z.numel() == 0:
+            loss, breakdown = _without_rows(loss, breakdown)
         if self.entropy_weight:
             loss = loss + self.entropy_weight * regulariser
-        if z.numel() == 0:  # means over nothing
-            loss = z.sum()
-            breakdown = type(breakdown)._make(loss for _ in breakdown)
         if self.training:
             self._learn(z.detach(), out)
 
@@ -216,8 +216,14 @@ class Quantizer(nn.Module):
         if not self.entropy_weight:
             return torch.zeros((), device=z.device)
         codebook = self.codebook.clone()  # running statistics may move it before the backward pass
-        usage, entropy = usage_and_entropy(z, codebook, self.entropy_temperature)
-        usage = mean_over_replicas(usage, self.sync_codebook)
+        if z.numel():
+            usage, entropy = usage_and_entropy(z, codebook, self.entropy_temperature)
+        else:  # nothing, but this replica takes part in the sum below and in its backward pass
+            usage = 0 * losses.in_float32(codebook).sum(-1) + z.sum()
+            entropy = usage.new_zeros(1)
+        rows = usage.new_full((), z.shape[:-1].numel())
+        share = rows / sum_over_replicas(rows, self.sync_codebook).clamp(min=1)
+        usage = sum_over_replicas(share * usage, self.sync_codebook)
         return losses.entropy_regulariser(entropy, usage)
 
     @torch.no_grad()
@@ -277,6 +283,17 @@ class Quantizer(nn.Module):
         if x.dim() < 2 or x.shape[axis] != self.dim:
             layout = "(B, ..., dim)" if self.channel_last else "(B, dim, ...)"
             raise ValueError(f"x must be {layout} with dim = {self.dim}, got {tuple(x.shape)}")
+
+
+def _without_rows(loss: Tensor, parts: NamedTuple) -> tuple[Tensor, NamedTuple]:
+    """Losses () that are means over nothing, as zeros with gradients of zero.
+
+    They keep their graphs: data-parallel training waits for the same gradients from every replica.
+    """
+    regulariser = parts.entropy_regulariser  # of all replicas' rows
+    nothing = torch.ones_like(loss, dtype=torch.bool)
+    parts = type(parts)._make(part.masked_fill(nothing, 0) for part in parts)
+    return loss.masked_fill(nothing, 0), parts._replace(entropy_regulariser=regulariser)
 
 
 def _read_initialised(quantizer: Quantizer, _: object) -> None:
