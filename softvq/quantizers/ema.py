@@ -45,7 +45,8 @@ class EMAVQ(Quantizer):
         decay: γ.
         eps: ε.
         threshold_ema_dead_code: a code whose count N_k, rows per batch, is lower is restarted at a
-            latent of the batch, as `restart_codes` says; 0: never.
+            latent of the batch, as `restart_codes` says; 0: never. An even share is rows·heads/K
+            (rows/K with a codebook per head): keep it well under that, or live codes restart.
     """
 
     def __init__(
@@ -73,7 +74,9 @@ class EMAVQ(Quantizer):
         self.eps = eps
         self.threshold_ema_dead_code = threshold_ema_dead_code
         self.register_buffer("means", self._first_codes())
-        self.register_buffer("counts", torch.ones(self.codebooks, codebook_size))
+        # Nothing has been counted yet: where 1 is dead already, a code starts as a restarted one.
+        start = 1.0 if threshold_ema_dead_code <= 1 else GRACE * threshold_ema_dead_code
+        self.register_buffer("counts", torch.full((self.codebooks, codebook_size), start))
 
     @property
     def _stored_codes(self) -> Tensor:
@@ -145,6 +148,8 @@ class EMAVQ(Quantizer):
     def _initialise(self, z: Tensor) -> None:
         """k-means, and the counts that belong to it."""
         super()._initialise(z)
+        if not self._is_initialised:
+            return
         indices, _ = nearest_codes(z, self.codebook)
         _, counts = self._batch_statistics(self._by_codebook(z), indices)
         self.counts.copy_(counts.clamp(min=1))
