@@ -31,7 +31,8 @@ class EMAVQ(Quantizer):
     N_k ← γN_k + (1−γ)n_k and m_k ← γm_k + (1−γ)Σz, then e_k = m_k / Ñ_k with
     Ñ_k = n(N_k + ε)/(n + Kε), n = Σ_k N_k, which keeps a count of zero from dividing. The smoothed
     count is used, never stored. Statistics move in training only, after the batch was quantised;
-    the loss is β‖z − sg[e]‖², a mean over elements.
+    a code that rows of infinity or NaN chose learns nothing from that batch. The loss is
+    β‖z − sg[e]‖², a mean over elements.
 
     What is stored is N (`counts`) and m/Ñ (the codes); `sums`, m, is their product. So whoever
     moves a code, by hand or as a dead one, has moved its running mean with it. With use_cosine_sim
@@ -124,14 +125,18 @@ class EMAVQ(Quantizer):
             self._restart(latents, out.squared_distance)
 
     def _batch_statistics(self, latents: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Σz (codebooks, K, D) and n (codebooks, K), of all replicas."""
+        """Σz (codebooks, K, D) and n (codebooks, K), of all replicas.
+
+        Zero for a code whose sum is not finite: one such row would stay in its mean for ever.
+        """
         indices = self._by_codebook(indices[..., None])[..., 0]
         parts = [
             replica_code_sums(rows, chosen, self.codebook_size, self.sync_codebook)
             for rows, chosen in zip(latents, indices, strict=True)
         ]
-        sums, counts = zip(*parts, strict=True)
-        return torch.stack(sums), torch.stack(counts)
+        sums, counts = (torch.stack(part) for part in zip(*parts, strict=True))
+        finite = sums.isfinite().all(-1)
+        return sums.where(finite[..., None], 0), counts.where(finite, 0)
 
     def _restart(self, latents: Tensor, squared_distance: Tensor) -> None:
         """Restart the codes of few rows, with their running statistics."""

@@ -129,6 +129,18 @@ def test_counts_stay_until_kmeans_has_rows():
     assert torch.equal(vq.counts, before)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("options", [{}, {"heads": 2, "separate_codebook_per_head": True}], ids=str)
+def test_rows_that_are_not_finite_leave_no_trace(bad, options):
+    vq = EMAVQ(DIM, CODES, decay=0.5, threshold_ema_dead_code=0.9, **options)
+    x = torch.randn(20, DIM)
+    x[::5, 1] = bad
+    for _ in range(3):  # codes die, and there are finite rows to restart them at
+        vq(x)
+    assert vq.codebook.isfinite().all() and vq.counts.isfinite().all()
+    assert vq(torch.randn(20, DIM))[2].isfinite()
+
+
 def test_no_threshold_no_restart():
     vq, x = with_one_dead_code(threshold=0.0)
     for _ in range(5):

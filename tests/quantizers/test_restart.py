@@ -78,6 +78,14 @@ def test_more_dead_codes_than_rows():
     assert is_a_row_of(codebook[3], latents)
 
 
+def test_latents_that_are_not_finite_are_not_drawn():
+    restart, codebook = with_dead(0, 1, 2)
+    latents = torch.randn(4, DIM)
+    latents[0, 0], latents[1, 1], latents[2] = torch.nan, torch.inf, -torch.inf
+    restart.restart(codebook, latents)
+    assert is_a_row_of(codebook[0], latents[3:]) and codebook.isfinite().all()
+
+
 def test_the_seed_decides():
     results = []
     for seed in (1, 1, 2):
