@@ -12,6 +12,7 @@ from softvq.functional import usage_and_entropy
 from softvq.quantizers.checks import check_counts, check_positive, check_weights
 from softvq.quantizers.kmeans import kmeans
 from softvq.quantizers.positions import put_back, valid_positions
+from softvq.quantizers.precise import KeepsFloat32
 from softvq.quantizers.straight_through import codes_at
 
 
@@ -42,7 +43,7 @@ class Quantized(Protocol):
         """Codes (...) int64."""
 
 
-class Quantizer(nn.Module):
+class Quantizer(KeepsFloat32):
     """A module with the call of vector-quantize-pytorch: quantized, indices, loss = vq(x).
 
     Subclasses hold the codes, and say how latents become codes (`quantize`) and what trains
@@ -114,6 +115,8 @@ class Quantizer(nn.Module):
         inner = self.codebook_dim * heads
         self.project_in = nn.Linear(dim, inner) if inner != dim else nn.Identity()
         self.project_out = nn.Linear(inner, dim) if inner != dim else nn.Identity()
+        # Its dtype is the one that the module was converted to, whatever stays in float32.
+        self.register_buffer("_output_like", torch.empty(0), persistent=False)
         self.register_buffer("initialised", torch.tensor(not kmeans_init))
         self._is_initialised = not kmeans_init  # the same, readable without waiting for a GPU
         self.register_load_state_dict_post_hook(_read_initialised)
@@ -250,7 +253,7 @@ class Quantizer(nn.Module):
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """The nearest codes as forward returns them: projected, in the input's layout; 0 for −1."""
         masked = indices < 0 if self.heads == 1 else (indices < 0).all(-1)
-        output = self._outputs(self.get_codes_from_indices(indices))
+        output = self._outputs(self.get_codes_from_indices(indices).to(self._output_like.dtype))
         return self._to_input_layout(output.masked_fill(masked[..., None], 0))
 
     def _latents(self, x: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """The quantizer whose codes are running means."""
 
-from collections.abc import Callable
 from typing import NamedTuple, Unpack
 
 import torch
@@ -50,6 +49,8 @@ class EMAVQ(Quantizer):
             (rows/K with a codebook per head): keep it well under that, or live codes restart.
     """
 
+    in_float32 = ("means", "counts")
+
     def __init__(
         self,
         dim: int,
@@ -93,16 +94,6 @@ class EMAVQ(Quantizer):
     def sums(self) -> Tensor:
         """m (codebooks, K, D)."""
         return self.means * self.smoothed_counts[..., None]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EMAVQ":
-        """Statistics move to other devices, but not to half precision: 1 % steps would be lost."""
-        kept = {name: getattr(self, name) for name in ("means", "counts")}
-        super()._apply(fn, recurse)
-        for name, value in kept.items():
-            moved = getattr(self, name)
-            if torch.finfo(moved.dtype).bits < 32:
-                setattr(self, name, value.to(moved.device))
-        return self
 
     def quantize(self, z: Tensor) -> NearestCodes:
         """The nearest codes of latents (..., D), with heads (..., heads, D)."""

@@ -52,7 +52,7 @@ class GumbelVQ(TemperedQuantizer):
 
     Args:
         dim, codebook_size, codebook_dim, heads, **options: see `Quantizer`.
-        temperature: T of the relaxation. A 0-d buffer, `temperature`, that schedules may fill.
+        temperature: T of the relaxation; read as `temperature`, changed by `set_temperature`.
         logits_temperature: L, the divisor of the squared distance summed over D.
         straight_through: in training the value is that of the sampled code, argmax (log p + g),
             and the gradient that of the relaxation.

@@ -27,8 +27,8 @@ class SoftVQ(TemperedQuantizer):
     Args:
         dim, codebook_size, codebook_dim, heads, **options: see `Quantizer`.
         temperature: T, the divisor of the squared distance summed over D. (The original Soft
-            VQ-VAE divides the mean distance: its T is D times larger.) A 0-d buffer,
-            `temperature`, that schedules may fill; with learn_temperature a parameter.
+            VQ-VAE divides the mean distance: its T is D times larger.) To be read as `temperature`
+            and changed by `set_temperature`.
         learn_temperature: learn log T; only with codebook_loss="likelihood", since every other
             loss falls for ever as T grows.
         estimator: "soft" or "straight_through" (value of the nearest code, soft gradient).
