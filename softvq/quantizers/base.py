@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from softvq import losses
+from softvq.checks import check_counts, check_positive, check_weights
 from softvq.distributed.collectives import sum_over_replicas
 from softvq.functional import usage_and_entropy
-from softvq.quantizers.checks import check_counts, check_positive, check_weights
 from softvq.quantizers.kmeans import kmeans
 from softvq.quantizers.positions import put_back, valid_positions
 from softvq.quantizers.precise import KeepsFloat32

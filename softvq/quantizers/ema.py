@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from softvq import losses
+from softvq.checks import check_positive, check_weights
 from softvq.functional import nearest_codes
 from softvq.quantizers.base import Quantizer, QuantizerOptions
-from softvq.quantizers.checks import check_positive, check_weights
 from softvq.quantizers.kmeans import replica_code_sums
 from softvq.quantizers.restart import restart_codes
 from softvq.quantizers.straight_through import NearestCodes, nearest_straight_through

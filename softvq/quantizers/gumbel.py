@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from softvq import losses
+from softvq.checks import check_positive, check_weights
 from softvq.functional import soft_quantize
 from softvq.kernels import reference
 from softvq.quantizers.base import QuantizerOptions
-from softvq.quantizers.checks import check_positive, check_weights
 from softvq.quantizers.straight_through import (
     codes_at,
     nearest_straight_through,

@@ -5,9 +5,9 @@ from typing import Literal, NamedTuple, Unpack, get_args
 from torch import Tensor, nn
 
 from softvq import losses
+from softvq.checks import check_choice, check_weights
 from softvq.functional import Estimator, SoftQuantized, soft_quantize
 from softvq.quantizers.base import QuantizerOptions
-from softvq.quantizers.checks import check_choice, check_weights
 from softvq.quantizers.temperature import TemperedQuantizer
 
 CodebookLoss = Literal["free_energy", "quantizing_error", "detached_quantizing_error", "likelihood"]

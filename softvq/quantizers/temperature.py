@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softvq.checks import check_positive
 from softvq.quantizers.base import Quantizer
-from softvq.quantizers.checks import check_positive
 
 
 class TemperedQuantizer(Quantizer):

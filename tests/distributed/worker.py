@@ -52,6 +52,19 @@ def split(dtype, scale):
     return results(split_soft_quantize, z, shard, temperature, weights)
 
 
+def close_codes():
+    """Half-precision latents among codes whose distances half precision cannot tell apart."""
+    generator = torch.Generator().manual_seed(4)
+    z = 30 * torch.randn(200, 128, generator=generator)
+    return z.half(), torch.randn(60, 128, generator=generator).half()
+
+
+def nearest_of_close_codes():
+    """The indices that this rank gets for them."""
+    z, codebook = close_codes()
+    return split_soft_quantize(z, codebook.chunk(2)[distributed.get_rank()], 1.0).indices
+
+
 def network():
     """Batch norms of both kinds, one without weights."""
     torch.manual_seed(0)
@@ -91,7 +104,7 @@ def collectives():
 def main(rank, folder):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
-    found = {"collectives": collectives()}
+    found = {"collectives": collectives(), "close codes": nearest_of_close_codes()}
     for dtype in DTYPES:
         for scale in SCALES:
             found[dtype, scale] = split(dtype, scale)

@@ -26,14 +26,15 @@ def every_result(z, codebook, temperature, **options) -> tuple[torch.Tensor, ...
     both = softvq.usage_and_entropy(z, codebook, temperature, **options)
     indices, distance = softvq.nearest_codes(z, codebook, **options)
     sums, counts = softvq.code_sums(z, out.indices, len(codebook), backend=options["backend"])
-    differentiable = (out.quantized, out.log_partition, out.entropy, *both, distance, sums)
+    p = softvq.assignment_probabilities(z, codebook, temperature)
+    differentiable = (out.quantized, out.log_partition, out.entropy, *both, distance, sums, p)
     return *differentiable, out.indices, indices, counts
 
 
 def with_gradients(function, *tensors, **options) -> list[torch.Tensor]:
     """Results of `every_result`, and gradients of the inputs."""
     results = function(*tensors, **options)
-    loss = sum(x.square().mean() for x in results[:7])
+    loss = sum(x.square().mean() for x in results[:8])
     return [*results, *torch.autograd.grad(loss, tensors)]
 
 
