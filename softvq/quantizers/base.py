@@ -135,20 +135,21 @@ class Quantizer(KeepsFloat32):
     def codebook(self) -> Tensor:
         """(K, D), or (heads, K, D) with a codebook per head. Assign to it to set the codes.
 
-        It is the stored tensor, to be written in place under no_grad too; with use_cosine_sim it
-        is a copy of length 1.
+        It is a view of the stored codes, to be written in place under no_grad too; with
+        use_cosine_sim it is a copy of length 1.
         """
-        codes = self._stored_codes[0] if self.codebooks == 1 else self._stored_codes
+        codes = self._stored_codes[0 if self.codebooks == 1 else ...]
         return normalize(codes, dim=-1) if self.use_cosine_sim else codes
 
     @codebook.setter
     @torch.no_grad()
     def codebook(self, codes: Tensor) -> None:
-        """Copy codes of the same shape in. Raises ValueError for another one."""
+        """Copy codes of the same shape in, which k-means then leaves; ValueError for another."""
         shape = self.codebook.shape
         if codes.shape != shape:
             raise ValueError(f"codebook must be {tuple(shape)}, got {tuple(codes.shape)}")
         self._stored_codes.copy_(codes.view_as(self._stored_codes))
+        self._mark_initialised()
 
     def forward(
         self,
@@ -238,6 +239,10 @@ class Quantizer(KeepsFloat32):
             if centres is None or not centres.isfinite().all():
                 return
             codes.copy_(centres)
+        self._mark_initialised()
+
+    def _mark_initialised(self) -> None:
+        """The codes have been placed: k-means is over."""
         self.initialised.fill_(True)
         self._is_initialised = True
 

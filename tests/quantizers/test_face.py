@@ -123,6 +123,30 @@ def test_codes_are_read_and_written(kind):
         vq.codebook = codes[1:]
 
 
+@each
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("cosine", [False, True])
+def test_a_codebook_is_assigned_to_another_quantizer(kind, separate, cosine):
+    options = {"heads": 3, "separate_codebook_per_head": separate, "use_cosine_sim": cosine}
+    one, other = layer(kind, **options), layer(kind, **options)
+    one.codebook = other.codebook
+    torch.testing.assert_close(one.codebook, other.codebook)
+    assert kind is EMAVQ or other.codebook.requires_grad
+    with torch.no_grad():
+        other.codebook.zero_()
+        assert one.codebook.abs().min() > 0
+        assert cosine or other.codebook.abs().max() == 0
+
+
+@each
+def test_kmeans_leaves_codes_that_were_assigned(kind):
+    vq = layer(kind, kmeans_init=True)
+    vq.codebook = 50 + torch.randn(CODES, DIM)
+    assert vq.initialised
+    vq(torch.randn(40, DIM))
+    assert vq.codebook.mean() > 40
+
+
 def test_a_masked_position_has_no_output_even_through_a_projection():
     vq = layer(VQ, codebook_dim=4, heads=2)
     output = vq.get_output_from_indices(torch.tensor([[0, 1], [-1, -1]]))
