@@ -1,11 +1,12 @@
 """The Soft VQ-VAE."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from softvq import losses
+from softvq.checks import check_choice
 from softvq.functional import soft_quantize
 from softvq.models.base import LEVEL
 from softvq.models.networks import Grid, Networks, Shape
@@ -30,6 +31,7 @@ class SoftVQVAE(VQVAE):
     """
 
     quantizer: SoftVQ
+    absent_losses = ()
 
     def __init__(
         self,
@@ -41,7 +43,7 @@ class SoftVQVAE(VQVAE):
         quantized_codes: Codes = "nearest",
         networks: Networks = Networks(),
         weights: LossWeights = LossWeights(),
-        reconstruction_loss: str = "squared",
+        reconstruction_loss: losses.Difference = "squared",
     ):
         super().__init__(
             image_shape,
@@ -51,6 +53,8 @@ class SoftVQVAE(VQVAE):
             weights=weights,
             reconstruction_loss=reconstruction_loss,
         )
+        check_choice("decoder_input", decoder_input, get_args(DecoderInput))
+        check_choice("quantized_codes", quantized_codes, get_args(Codes))
         self.decoder_input = decoder_input
         self.quantized_codes = quantized_codes
 

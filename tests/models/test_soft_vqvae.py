@@ -190,6 +190,19 @@ def test_kl_of_a_deterministic_model_is_zero(images):
     assert build(LossWeights(kl=1.0)).eval().evaluate(images).values["kl"] > 0
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decoder_input": "quantised"}, "decoder_input must be one of latent, quantized"),
+        ({"quantized_codes": "hard"}, "quantized_codes must be one of nearest, soft"),
+    ],
+    ids=str,
+)
+def test_unknown_names_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        build(**options)
+
+
 @pytest.mark.parametrize("architecture", ["conv"])
 def test_a_grid_larger_than_the_image_is_refused(architecture):
     with pytest.raises(ValueError, match="latent grid 9x2 must lie between"):
