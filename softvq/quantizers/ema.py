@@ -111,7 +111,8 @@ class EMAVQ(Quantizer):
         batch_sums, batch_counts = self._batch_statistics(latents, out.indices)
         sums = self.decay * self.sums + (1 - self.decay) * batch_sums
         self.counts.mul_(self.decay).add_(batch_counts, alpha=1 - self.decay)
-        self.means.copy_(sums / self.smoothed_counts[..., None])
+        smoothed = self.smoothed_counts[..., None]
+        self.means.copy_(torch.where(smoothed > 0, sums / smoothed, self.means))
         if self.threshold_ema_dead_code:
             self._restart(latents, out.squared_distance)
 

@@ -92,6 +92,20 @@ def normalised(model, part, replicas):
     return output.detach(), grads, statistics, model.eval()(images).detach()
 
 
+def images_of_half_precision():
+    """A batch of all ranks."""
+    return torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+def normalised_in_half_precision(dtype):
+    """Output and running variance of a step of a batch norm in `dtype`; float32: as by autocast."""
+    rank = distributed.get_rank()
+    model = nn.Sequential(nn.BatchNorm2d(3)).to(dtype)
+    synchronise_batch_norms(model)
+    output = model(images_of_half_precision()[4 * rank : 4 * rank + 4])
+    return output.detach(), model[0].running_var
+
+
 def collectives():
     """Sums and means, and the gradients of the mean of all ranks' losses."""
     rank = distributed.get_rank()
@@ -114,6 +128,8 @@ def main(rank, folder):
     output, grads, *rest = normalised(model, rows, distributed.get_world_size())
     grads = {name: sum_over_replicas(grad) for name, grad in grads.items()}
     found["batch norm"] = (output, grads, *rest)
+    for dtype in (torch.float32, torch.bfloat16):
+        found["half precision", dtype] = normalised_in_half_precision(dtype)
     torch.save(found, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 

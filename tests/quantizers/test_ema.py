@@ -141,6 +141,13 @@ def test_rows_that_are_not_finite_leave_no_trace(bad, options):
     assert vq(torch.randn(20, DIM))[2].isfinite()
 
 
+def test_without_memory_a_masked_batch_leaves_the_codes():
+    vq = EMAVQ(DIM, CODES, decay=0.0)
+    before, x = vq.codebook.clone(), torch.randn(2, 3, DIM)
+    vq(x, mask=torch.zeros(2, 3, dtype=torch.bool))
+    assert torch.equal(vq.codebook, before)
+
+
 def test_no_threshold_no_restart():
     vq, x = with_one_dead_code(threshold=0.0)
     for _ in range(5):

@@ -261,10 +261,20 @@ def test_double_precision_stays_double(kind):
     assert dtypes == {torch.float64, torch.bool}
 
 
+SEPARATE = {"heads": 3, "separate_codebook_per_head": True}
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [(SoftVQ, {}), (VQ, {"entropy_weight": 0.1}), (EMAVQ, {"threshold_ema_dead_code": 2.0})],
-    ids=lambda value: getattr(value, "__name__", None),
+    [
+        (SoftVQ, {}),
+        (VQ, {"entropy_weight": 0.1}),
+        (EMAVQ, {"threshold_ema_dead_code": 2.0}),
+        (GumbelVQ, {"straight_through": True, **SEPARATE}),
+        (VQ, {"use_cosine_sim": True, **SEPARATE}),
+        (EMAVQ, {"use_cosine_sim": True, "codebook_dim": 4, **SEPARATE}),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_compiles_without_a_break(kind, options):
     torch.compiler.reset()
