@@ -11,7 +11,7 @@ from softvq.checks import check_counts, check_positive, check_weights
 from softvq.distributed.collectives import sum_over_replicas
 from softvq.functional import usage_and_entropy
 from softvq.quantizers.kmeans import kmeans
-from softvq.quantizers.positions import put_back, valid_positions
+from softvq.quantizers.positions import put_back, valid_positions, without_rows
 from softvq.quantizers.precise import KeepsFloat32
 from softvq.quantizers.straight_through import codes_at
 
@@ -187,7 +187,7 @@ class Quantizer(KeepsFloat32):
         regulariser = self._entropy_regulariser(z)
         loss, breakdown = self._loss(z, out, regulariser)
         if z.numel() == 0:
-            loss, breakdown = _without_rows(loss, breakdown)
+            loss, breakdown = without_rows(loss, breakdown)
         if self.entropy_weight:
             loss = loss + self.entropy_weight * regulariser
         if self.training:
@@ -291,17 +291,6 @@ class Quantizer(KeepsFloat32):
         if x.dim() < 2 or x.shape[axis] != self.dim:
             layout = "(B, ..., dim)" if self.channel_last else "(B, dim, ...)"
             raise ValueError(f"x must be {layout} with dim = {self.dim}, got {tuple(x.shape)}")
-
-
-def _without_rows(loss: Tensor, parts: NamedTuple) -> tuple[Tensor, NamedTuple]:
-    """Losses () that are means over nothing, as zeros with gradients of zero.
-
-    They keep their graphs: data-parallel training waits for the same gradients from every replica.
-    """
-    regulariser = parts.entropy_regulariser  # of all replicas' rows
-    nothing = torch.ones_like(loss, dtype=torch.bool)
-    parts = type(parts)._make(part.masked_fill(nothing, 0) for part in parts)
-    return loss.masked_fill(nothing, 0), parts._replace(entropy_regulariser=regulariser)
 
 
 def _read_initialised(quantizer: Quantizer, _: object) -> None:

@@ -157,6 +157,16 @@ def test_autocast_does_not_lower_the_precision(backend, dtype):
     assert_same(inside, with_gradients(every_result, *tensors, backend=backend))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["streaming", "reference", TRITON])
+def test_distances_of_half_precision_are_computed_in_float32(backend, dtype):
+    z = (40 * torch.randn(30, 64, device=DEVICE)).to(dtype)
+    codebook = torch.randn(10, 64, device=DEVICE).to(dtype)
+    indices, distance = softvq.nearest_codes(z, codebook, backend=backend)
+    assert distance.dtype == torch.float32
+    torch.testing.assert_close(distance, (z.float() - codebook[indices]).square().sum(-1))
+
+
 @pytest.mark.parametrize("backend", ["streaming", "reference", TRITON])
 @pytest.mark.parametrize("operator", [lambda *x, **o: softvq.soft_quantize(*x, **o).quantized,
                                       softvq.code_usage], ids=["soft", "usage"])  # fmt: skip
