@@ -116,7 +116,7 @@ class Quantizer(KeepsFloat32):
         self.project_in = nn.Linear(dim, inner) if inner != dim else nn.Identity()
         self.project_out = nn.Linear(inner, dim) if inner != dim else nn.Identity()
         # Its dtype is the one that the module was converted to, whatever stays in float32.
-        self.register_buffer("_output_like", torch.empty(0), persistent=False)
+        self.register_buffer("_output_like", torch.zeros(()), persistent=False)
         self.register_buffer("initialised", torch.tensor(not kmeans_init))
         self._is_initialised = not kmeans_init  # the same, readable without waiting for a GPU
         self.register_load_state_dict_post_hook(_read_initialised)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 class KeepsFloat32(nn.Module):
     """A module whose tensors named in `in_float32` follow it to devices and to float64 only.
 
-    Running averages move by steps of a percent and less, which half precision rounds away.
+    Running averages move by steps of a percent and less, which half precision rounds away; a
+    temperature would be another one, or infinite.
     """
 
     in_float32: tuple[str, ...] = ()
