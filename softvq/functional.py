@@ -1,12 +1,13 @@
 """The public operators: validation, layout and the choice of a backend around `softvq.kernels`."""
 
-import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from softvq.checks import check_choice, check_positive
 from softvq.kernels import autograd, operators, reference, support
+from softvq.kernels.dtypes import accumulation_dtype
 
 Estimator = Literal["soft", "straight_through"]
 Backend = Literal["auto", "triton", "streaming", "reference"]
@@ -66,7 +67,7 @@ def soft_quantize(
 
     The derivation stands in kernels/README.md.
     """
-    _one_of("estimator", estimator, Estimator)
+    check_choice("estimator", estimator, get_args(Estimator))
     z_heads, codebook_heads, temperature, backend = _prepare(
         z, codebook, temperature, backend, precision
     )
@@ -120,7 +121,8 @@ def assignment_probabilities(z: Tensor, codebook: Tensor, temperature: float | T
     Arguments and errors as in `soft_quantize`.
     """
     z_heads, codebook_heads, temperature, _ = _prepare(z, codebook, temperature, "reference", None)
-    p = reference.scores(z_heads, codebook_heads, temperature).softmax(-1)
+    with torch.autocast(z.device.type, enabled=False):
+        p = reference.scores(z_heads, codebook_heads, temperature).softmax(-1)
     return _as_rows(p, z, codebook)
 
 
@@ -131,7 +133,7 @@ def nearest_codes(
     backend: Backend = "auto",
     precision: Precision | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Index (...) int64 of each row's nearest code, and its squared distance (...).
+    """Index (...) int64 of each row's nearest code; its squared distance (...), float32 at least.
 
     z (..., D) and codebook (K, D), or (..., H, D) and (H, K, D). The lowest index wins a tie;
     without Triton a matrix product may round two equal codes apart and so choose the later one. The
@@ -141,7 +143,8 @@ def nearest_codes(
     z_heads, codebook_heads, _, backend = _prepare(z, codebook, 1.0, backend, precision)
     indices = operators.nearest(z_heads.detach(), codebook_heads.detach(), precision, backend)
     codes = autograd.CodesAt.apply(codebook_heads, indices, backend)
-    squared_distance = (z_heads - codes).square().sum(-1)
+    difference = z_heads.to(accumulation_dtype(z_heads, codes)) - codes
+    squared_distance = difference.square().sum(-1)
     return _as_rows(indices, z, codebook), _as_rows(squared_distance, z, codebook)
 
 
@@ -164,7 +167,7 @@ def code_sums(
         TypeError: z is not floating point, or indices are not int64.
         ValueError: the shapes differ, or, on a CPU, an index lies outside [0, K).
     """
-    _one_of("backend", backend, Backend)
+    check_choice("backend", backend, get_args(Backend))
     _check_floating("z", z)
     if indices.dtype != torch.int64:
         raise TypeError(f"indices must be an int64 tensor, got {indices.dtype}")
@@ -208,9 +211,9 @@ def _prepare(
     precision: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, str]:
     """Check everything, and bring z to (H, N, D), the codebook to (H, K, D), T to a 0-d tensor."""
-    _one_of("backend", backend, Backend)
+    check_choice("backend", backend, get_args(Backend))
     if precision is not None:
-        _one_of("precision", precision, Precision)
+        check_choice("precision", precision, get_args(Precision))
     _check_floating("z", z)
     _check_floating("codebook", codebook)
     if codebook.dim() not in (2, 3):
@@ -262,9 +265,9 @@ def _temperature_tensor(temperature: float | Tensor, z: Tensor) -> Tensor:
                 f"shape {tuple(temperature.shape)}, {temperature.dtype}"
             )
         if _may_read(temperature):
-            _check_temperature(temperature.item())
+            check_positive(temperature=temperature.item())
         return temperature.to(z.device)
-    _check_temperature(temperature)
+    check_positive(temperature=temperature)
     dtype = torch.promote_types(z.dtype, torch.float32)
     return torch.full((), temperature, dtype=dtype, device=z.device)
 
@@ -279,21 +282,10 @@ def _check_floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
 
 
-def _check_temperature(value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"temperature must be a finite number above 0, got {value}")
-
-
 def _as_rows(output: Tensor, z: Tensor, codebook: Tensor) -> Tensor:
     """Undo the head-first layout: (H, N, ...) back to the leading dimensions of z.
 
     Views, whose backward copies nothing; an index would allocate its gradient once more.
     """
     output = output if codebook.dim() == 2 else output.transpose(0, 1)
-    return output.reshape(*z.shape[:-1], *output.shape[2:])
-
-
-def _one_of(name: str, value: object, allowed: object) -> None:
-    names = allowed.__args__
-    if value not in names:
-        raise ValueError(f"{name} must be one of {', '.join(names)}; got {value!r}")
+    return output.reshape(z.shape[:-1] + output.shape[2:])

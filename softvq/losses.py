@@ -1,9 +1,14 @@
 """The losses of the family, each a scalar from tensors; weights are the caller's."""
 
 import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from softvq.checks import check_choice
+
+Difference = Literal["squared", "absolute"]
 
 
 def in_float32(x: Tensor) -> Tensor:
@@ -11,8 +16,12 @@ def in_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def reconstruction_error(output: Tensor, images: Tensor, kind: str = "squared") -> Tensor:
-    """Mean over all elements of |x̂ − x|² ("squared") or |x̂ − x| ("absolute")."""
+def reconstruction_error(output: Tensor, images: Tensor, kind: Difference = "squared") -> Tensor:
+    """Mean over all elements of |x̂ − x|² ("squared") or |x̂ − x| ("absolute").
+
+    Raises ValueError for another kind.
+    """
+    check_choice("kind", kind, get_args(Difference))
     difference = in_float32(output) - images
     return (difference.square() if kind == "squared" else difference.abs()).mean()
 

@@ -6,11 +6,12 @@ part (Rose 1998). So the start needs no hand-picking: measure λ_max, begin just
 """
 
 import math
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
+from softvq.checks import check_choice
 from softvq.distributed.collectives import from_first_replica, mean_over_replicas
 
 Schedule = Literal["constant", "exponential", "cosine", "learned"]
@@ -23,7 +24,9 @@ def annealed(
     """A value that goes from `start` to `end` while `progress` goes from 0 to 1, then stays.
 
     "constant" and "learned" stay at `start`. A progress () on the device is not waited for.
+    Raises ValueError for another schedule.
     """
+    check_choice("schedule", schedule, get_args(Schedule))
     on_device = isinstance(progress, Tensor)
     progress = progress.clamp(0.0, 1.0) if on_device else min(max(progress, 0.0), 1.0)
     match schedule:

@@ -70,6 +70,23 @@ def test_shapes_and_dtypes():
         assert out.entropy.shape == (2, 3) and out.entropy.dtype == row_dtype
 
 
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+@pytest.mark.parametrize("heads", [(), (3,)])
+def test_a_single_latent_has_no_leading_dimension(heads, backend):
+    z, codebook = torch.randn(*heads, 5, device=DEVICE), torch.randn(*heads, 10, 5, device=DEVICE)
+
+    def by_row(z):
+        return (
+            *softvq.soft_quantize(z, codebook, 0.5, backend=backend),
+            softvq.usage_and_entropy(z, codebook, 0.5, backend=backend)[1],
+            *softvq.nearest_codes(z, codebook, backend=backend),
+            softvq.assignment_probabilities(z, codebook, 0.5),
+        )
+
+    for one, rows in zip(by_row(z), by_row(z[None]), strict=True):
+        assert torch.equal(one, rows[0])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_heads_are_independent_codebooks(backend):
     z, codebook = torch.randn(2, 7, 3, 5), torch.randn(3, 10, 5)

@@ -30,6 +30,11 @@ def test_reconstruction_error_is_a_mean_over_elements():
     assert losses.reconstruction_error(output, images, "absolute").item() == (0.5 + 1) / 2
 
 
+def test_an_unknown_kind_of_difference_is_refused():
+    with pytest.raises(ValueError, match="kind must be one of squared, absolute; got 'l1'"):
+        losses.reconstruction_error(torch.zeros(2), torch.zeros(2), "l1")
+
+
 def test_kl_is_summed_over_an_image_and_averaged_over_the_batch():
     mean = torch.tensor([[0.0, 2.0], [0.0, 0.0]])
     logvar = torch.tensor([[0.0, 0.0], [math.log(4), 0.0]])

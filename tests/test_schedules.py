@@ -36,6 +36,11 @@ def test_others_stay_at_the_start(schedule, progress):
     assert annealed(schedule, progress, 8.0, 0.5) == 8.0
 
 
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match=r"schedule must be one of constant, .*; got 'linear'"):
+        annealed("linear", 0.5, 8.0, 0.5)
+
+
 def exact(z):
     return 2 * torch.linalg.eigvalsh(torch.cov(z.flatten(0, -2).double().T, correction=0))[-1]
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from softvq.distributed.collectives import is_synced, sum_over_replicas
+from softvq.losses import in_float32
 
 
 def synchronise_batch_norms(model: nn.Module) -> None:
@@ -13,7 +14,7 @@ def synchronise_batch_norms(model: nn.Module) -> None:
             norm = ReplicaBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
             norm = norm.to(child.running_mean)  # its device and dtype
             norm.load_state_dict(child.state_dict())
-            setattr(model, name, norm)
+            setattr(model, name, norm.train(child.training))
         else:
             synchronise_batch_norms(child)
 
@@ -28,18 +29,21 @@ class ReplicaBatchNorm(nn.SyncBatchNorm):
         if x.is_cuda or not self.training or not is_synced(None):
             return super().forward(x)
         axes = [axis for axis in range(x.dim()) if axis != 1]
+        dtype, x = x.dtype, in_float32(x)  # under autocast the batch may be of half precision
         variance, mean = torch.var_mean(x, axes, correction=0)
         mean, variance = _joint_moments(mean, variance)
         with torch.no_grad():
             count = x.numel() // x.shape[1] * distributed.get_world_size()
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+            unbiased = variance * (count / (count - 1))
+            self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
         scale = (variance + self.eps).rsqrt()
         scale = scale if self.weight is None else scale * self.weight
         shape = (-1, *[1] * (x.dim() - 2))
         normalised = (x - mean.view(shape)) * scale.view(shape)
-        return normalised if self.bias is None else normalised + self.bias.view(shape)
+        normalised = normalised if self.bias is None else normalised + self.bias.view(shape)
+        return normalised.to(dtype)
 
 
 def _joint_moments(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, distributed
 from torch.distributed import ProcessGroup, ReduceOp
 
 from softvq.functional import SoftQuantized, soft_quantize
+from softvq.kernels.dtypes import accumulation_dtype
 
 
 def split_soft_quantize(
@@ -61,7 +62,8 @@ def split_soft_quantize(
 
 def _nearest(z: Tensor, shard: Tensor, indices: Tensor, group: ProcessGroup | None) -> Tensor:
     """The nearest code of all parts, given each part's nearest one; the lowest index wins a tie."""
-    distance = (z - shard[indices]).square().sum(-1)
+    difference = z.to(accumulation_dtype(z, shard)) - shard[indices]
+    distance = difference.square().sum(-1)
     sizes = indices.new_zeros(distributed.get_world_size(group))
     rank = distributed.get_rank(group)
     sizes[rank] = len(shard)

@@ -16,6 +16,8 @@ class Autoencoder(EncoderDecoder):
     conditional generative models": encoder and decoder both see the label.
     """
 
+    absent_losses = ("reconstruction_quantizing",)
+
     def forward(self, images: Tensor, labels: Tensor | None = None) -> TrainingStep:
         """The losses of a batch (B, C, H, W) in [0, 1] with labels (B,) int64."""
         latents = self.encode(images, labels)

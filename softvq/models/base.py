@@ -1,11 +1,12 @@
 """What every model of images offers the trainer, the metrics and the commands."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from torch import Tensor, nn
 
 from softvq import losses
+from softvq.checks import check_choice
 from softvq.models.networks import Grid, Shape
 from softvq.models.outputs import Evaluation, LossWeights, TrainingStep
 from softvq.quantizers import Quantizer
@@ -30,16 +31,29 @@ class ImageModel(nn.Module, ABC):
 
     Args:
         image_shape: (C, H, W).
-        weights: of the losses.
+        weights: of the losses; zero for those that the model has not.
         reconstruction_loss: "squared" or "absolute" differences, for training only.
+
+    Raises:
+        ValueError: a loss that the model has not, or an unknown name.
     """
 
     classes = 0  # of the labels the model looks at
+    absent_losses: tuple[str, ...] = ("kl", "reconstruction_quantizing")  # of LossWeights
 
     def __init__(
-        self, image_shape: Shape, weights: LossWeights, reconstruction_loss: str = "squared"
+        self,
+        image_shape: Shape,
+        weights: LossWeights,
+        reconstruction_loss: losses.Difference = "squared",
     ):
         super().__init__()
+        check_choice("reconstruction_loss", reconstruction_loss, get_args(losses.Difference))
+        for name in self.absent_losses:
+            if getattr(weights, name):
+                raise ValueError(
+                    f"weights.{name} must be 0: {type(self).__name__} has no such loss"
+                )
         self.image_shape = image_shape
         self.weights = weights
         self.reconstruction_loss = reconstruction_loss

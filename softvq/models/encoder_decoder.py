@@ -32,7 +32,7 @@ class EncoderDecoder(ImageModel):
         *,
         networks: Networks = Networks(),
         weights: LossWeights = LossWeights(),
-        reconstruction_loss: str = "squared",
+        reconstruction_loss: losses.Difference = "squared",
         classes: int = 0,
     ):
         super().__init__(image_shape, weights, reconstruction_loss)

@@ -7,9 +7,11 @@ An encoder maps images (B, C, H, W) to features (B, h, w, features), a decoder m
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor, nn
+
+from softvq.checks import check_choice
 
 Shape = tuple[int, int, int]  # channels, height, width
 Grid = tuple[int, int]  # height, width
@@ -24,6 +26,9 @@ class Networks:
     hidden: tuple[int, ...] = (256, 64)  # layer sizes of the dense networks
     width: int = 32  # channels of the first conv layer
     residual_blocks: int = 1  # of the conv networks, at the latent grid
+
+    def __post_init__(self) -> None:
+        check_choice("architecture", self.architecture, get_args(Architecture))
 
     def encoder(self, image_shape: Shape, latent_grid: Grid, features: int) -> nn.Module:
         """From images (B, C, H, W) to features (B, h, w, features)."""

@@ -1,12 +1,12 @@
 """The Soft VQ-VAE."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from softvq import losses
-from softvq.functional import soft_quantize
+from softvq.checks import check_choice
 from softvq.models.base import LEVEL
 from softvq.models.networks import Grid, Networks, Shape
 from softvq.models.outputs import Evaluation, LossWeights, TrainingStep
@@ -30,6 +30,7 @@ class SoftVQVAE(VQVAE):
     """
 
     quantizer: SoftVQ
+    absent_losses = ()
 
     def __init__(
         self,
@@ -41,7 +42,7 @@ class SoftVQVAE(VQVAE):
         quantized_codes: Codes = "nearest",
         networks: Networks = Networks(),
         weights: LossWeights = LossWeights(),
-        reconstruction_loss: str = "squared",
+        reconstruction_loss: losses.Difference = "squared",
     ):
         super().__init__(
             image_shape,
@@ -51,6 +52,8 @@ class SoftVQVAE(VQVAE):
             weights=weights,
             reconstruction_loss=reconstruction_loss,
         )
+        check_choice("decoder_input", decoder_input, get_args(DecoderInput))
+        check_choice("quantized_codes", quantized_codes, get_args(Codes))
         self.decoder_input = decoder_input
         self.quantized_codes = quantized_codes
 
@@ -100,20 +103,18 @@ class SoftVQVAE(VQVAE):
     def evaluate(self, images: Tensor, labels: Tensor | None = None) -> Evaluation:
         """All reconstructions and statistics of a batch (B, C, H, W) in [0, 1], in eval mode."""
         latents = self.encode(images)
-        z, temperature = latents.mean, self.quantizer.temperature
-        soft = soft_quantize(z, self.quantizer.codebook, temperature)
-        nearest = self.quantizer.get_codes_from_indices(soft.indices)
+        z = latents.mean
+        soft = self.quantizer.assign(z)
+        nearest = self.quantizer.get_output_from_indices(soft.indices)
         soft_output, nearest_output = self.decode(soft.quantized), self.decode(nearest)
         if self.decoder_input == "latent":
             output = self.decode(z)
         else:
             hard = self.quantizer.estimator == "straight_through"
             output = nearest_output if hard else soft_output
-        best_score = -(z - nearest).square().sum(-1) / temperature
         values = {
             "quantizing_error": losses.quantizing_error(z, soft.quantized),
-            # Two large numbers when T is small: their difference may round to above zero.
-            "max_probability": (best_score - soft.log_partition).clamp(max=0).exp().mean(),
+            "max_probability": soft.max_probability.mean(),
             "kl": z.new_zeros(())
             if latents.logvar is None
             else losses.kl_divergence(latents.mean, latents.logvar),

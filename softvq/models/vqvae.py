@@ -30,7 +30,7 @@ class VQVAE(EncoderDecoder):
         *,
         networks: Networks = Networks(),
         weights: LossWeights = LossWeights(kl=0.0),
-        reconstruction_loss: str = "squared",
+        reconstruction_loss: losses.Difference = "squared",
     ):
         super().__init__(
             image_shape,

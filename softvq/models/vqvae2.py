@@ -47,7 +47,7 @@ class VQVAE2(ImageModel):
         *,
         networks: Networks = Networks(),
         weights: LossWeights = LossWeights(kl=0.0),
-        reconstruction_loss: str = "squared",
+        reconstruction_loss: losses.Difference = "squared",
     ):
         super().__init__(image_shape, weights, reconstruction_loss)
         dim, features = bottom.dim, 2 * networks.width

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from softvq import losses
-from softvq.distributed.collectives import mean_over_replicas
+from softvq.checks import check_counts, check_positive, check_weights
+from softvq.distributed.collectives import sum_over_replicas
 from softvq.functional import usage_and_entropy
-from softvq.quantizers.checks import check_counts, check_positive, check_weights
 from softvq.quantizers.kmeans import kmeans
-from softvq.quantizers.positions import put_back, valid_positions
+from softvq.quantizers.positions import put_back, valid_positions, without_rows
+from softvq.quantizers.precise import KeepsFloat32
 from softvq.quantizers.straight_through import codes_at
 
 
@@ -42,7 +43,7 @@ class Quantized(Protocol):
         """Codes (...) int64."""
 
 
-class Quantizer(nn.Module):
+class Quantizer(KeepsFloat32):
     """A module with the call of vector-quantize-pytorch: quantized, indices, loss = vq(x).
 
     Subclasses hold the codes, and say how latents become codes (`quantize`) and what trains
@@ -114,6 +115,8 @@ class Quantizer(nn.Module):
         inner = self.codebook_dim * heads
         self.project_in = nn.Linear(dim, inner) if inner != dim else nn.Identity()
         self.project_out = nn.Linear(inner, dim) if inner != dim else nn.Identity()
+        # Its dtype is the one that the module was converted to, whatever stays in float32.
+        self.register_buffer("_output_like", torch.zeros(()), persistent=False)
         self.register_buffer("initialised", torch.tensor(not kmeans_init))
         self._is_initialised = not kmeans_init  # the same, readable without waiting for a GPU
         self.register_load_state_dict_post_hook(_read_initialised)
@@ -132,20 +135,21 @@ class Quantizer(nn.Module):
     def codebook(self) -> Tensor:
         """(K, D), or (heads, K, D) with a codebook per head. Assign to it to set the codes.
 
-        It is the stored tensor, to be written in place under no_grad too; with use_cosine_sim it
-        is a copy of length 1.
+        It is a view of the stored codes, to be written in place under no_grad too; with
+        use_cosine_sim it is a copy of length 1.
         """
-        codes = self._stored_codes[0] if self.codebooks == 1 else self._stored_codes
+        codes = self._stored_codes[0 if self.codebooks == 1 else ...]
         return normalize(codes, dim=-1) if self.use_cosine_sim else codes
 
     @codebook.setter
     @torch.no_grad()
     def codebook(self, codes: Tensor) -> None:
-        """Copy codes of the same shape in. Raises ValueError for another one."""
+        """Copy codes of the same shape in, which k-means then leaves; ValueError for another."""
         shape = self.codebook.shape
         if codes.shape != shape:
             raise ValueError(f"codebook must be {tuple(shape)}, got {tuple(codes.shape)}")
         self._stored_codes.copy_(codes.view_as(self._stored_codes))
+        self._mark_initialised()
 
     def forward(
         self,
@@ -167,7 +171,8 @@ class Quantizer(nn.Module):
 
         Returns:
             quantized (as x), indices (B, ...) int64, with heads (B, ..., heads), the loss () and,
-            if asked for, its parts. The loss of no row at all is zero.
+            if asked for, its parts. The loss of no row at all is zero, but for an entropy
+            regulariser over other replicas' rows.
 
         Raises:
             TypeError, ValueError: an argument of another shape or dtype.
@@ -181,11 +186,10 @@ class Quantizer(nn.Module):
         out = self.quantize(z)
         regulariser = self._entropy_regulariser(z)
         loss, breakdown = self._loss(z, out, regulariser)
+        if z.numel() == 0:
+            loss, breakdown = without_rows(loss, breakdown)
         if self.entropy_weight:
             loss = loss + self.entropy_weight * regulariser
-        if z.numel() == 0:  # means over nothing
-            loss = z.sum()
-            breakdown = type(breakdown)._make(loss for _ in breakdown)
         if self.training:
             self._learn(z.detach(), out)
 
@@ -216,8 +220,14 @@ class Quantizer(nn.Module):
         if not self.entropy_weight:
             return torch.zeros((), device=z.device)
         codebook = self.codebook.clone()  # running statistics may move it before the backward pass
-        usage, entropy = usage_and_entropy(z, codebook, self.entropy_temperature)
-        usage = mean_over_replicas(usage, self.sync_codebook)
+        if z.numel():
+            usage, entropy = usage_and_entropy(z, codebook, self.entropy_temperature)
+        else:  # nothing, but this replica takes part in the sum below and in its backward pass
+            usage = 0 * losses.in_float32(codebook).sum(-1) + z.sum()
+            entropy = usage.new_zeros(1)
+        rows = usage.new_full((), z.shape[:-1].numel())
+        share = rows / sum_over_replicas(rows, self.sync_codebook).clamp(min=1)
+        usage = sum_over_replicas(share * usage, self.sync_codebook)
         return losses.entropy_regulariser(entropy, usage)
 
     @torch.no_grad()
@@ -229,6 +239,10 @@ class Quantizer(nn.Module):
             if centres is None or not centres.isfinite().all():
                 return
             codes.copy_(centres)
+        self._mark_initialised()
+
+    def _mark_initialised(self) -> None:
+        """The codes have been placed: k-means is over."""
         self.initialised.fill_(True)
         self._is_initialised = True
 
@@ -244,7 +258,7 @@ class Quantizer(nn.Module):
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """The nearest codes as forward returns them: projected, in the input's layout; 0 for −1."""
         masked = indices < 0 if self.heads == 1 else (indices < 0).all(-1)
-        output = self._outputs(self.get_codes_from_indices(indices))
+        output = self._outputs(self.get_codes_from_indices(indices).to(self._output_like.dtype))
         return self._to_input_layout(output.masked_fill(masked[..., None], 0))
 
     def _latents(self, x: Tensor) -> Tensor:

@@ -28,12 +28,13 @@ def draw_latents(
 
     Args:
         latents: (n, D); n may differ between replicas and be 0.
-        weights: (n,) floating point.
+        weights: (n,) floating point; a latent whose weight is not finite is not drawn.
     Returns:
         drawn (count, D), the first ones if there were fewer latents, and exists (count,) bool:
         False where there was none left.
     """
-    keys, chosen = race_keys(weights).topk(min(count, len(latents)))
+    keys = race_keys(weights).where(weights.isfinite(), 0)
+    keys, chosen = keys.topk(min(count, len(latents)))
     missing = count - len(chosen)
     keys = gather_from_replicas(pad(keys, (0, missing)), sync)
     drawn = gather_from_replicas(pad(latents[chosen], (0, 0, 0, missing)), sync)

@@ -1,15 +1,14 @@
 """The quantizer whose codes are running means."""
 
-from collections.abc import Callable
 from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from softvq import losses
+from softvq.checks import check_positive, check_weights
 from softvq.functional import nearest_codes
 from softvq.quantizers.base import Quantizer, QuantizerOptions
-from softvq.quantizers.checks import check_positive, check_weights
 from softvq.quantizers.kmeans import replica_code_sums
 from softvq.quantizers.restart import restart_codes
 from softvq.quantizers.straight_through import NearestCodes, nearest_straight_through
@@ -31,7 +30,8 @@ class EMAVQ(Quantizer):
     N_k ← γN_k + (1−γ)n_k and m_k ← γm_k + (1−γ)Σz, then e_k = m_k / Ñ_k with
     Ñ_k = n(N_k + ε)/(n + Kε), n = Σ_k N_k, which keeps a count of zero from dividing. The smoothed
     count is used, never stored. Statistics move in training only, after the batch was quantised;
-    the loss is β‖z − sg[e]‖², a mean over elements.
+    a code that rows of infinity or NaN chose learns nothing from that batch. The loss is
+    β‖z − sg[e]‖², a mean over elements.
 
     What is stored is N (`counts`) and m/Ñ (the codes); `sums`, m, is their product. So whoever
     moves a code, by hand or as a dead one, has moved its running mean with it. With use_cosine_sim
@@ -45,8 +45,11 @@ class EMAVQ(Quantizer):
         decay: γ.
         eps: ε.
         threshold_ema_dead_code: a code whose count N_k, rows per batch, is lower is restarted at a
-            latent of the batch, as `restart_codes` says; 0: never.
+            latent of the batch, as `restart_codes` says; 0: never. An even share is rows·heads/K
+            (rows/K with a codebook per head): keep it well under that, or live codes restart.
     """
+
+    in_float32 = ("means", "counts")
 
     def __init__(
         self,
@@ -73,7 +76,9 @@ class EMAVQ(Quantizer):
         self.eps = eps
         self.threshold_ema_dead_code = threshold_ema_dead_code
         self.register_buffer("means", self._first_codes())
-        self.register_buffer("counts", torch.ones(self.codebooks, codebook_size))
+        # Nothing has been counted yet: where 1 is dead already, a code starts as a restarted one.
+        start = 1.0 if threshold_ema_dead_code <= 1 else GRACE * threshold_ema_dead_code
+        self.register_buffer("counts", torch.full((self.codebooks, codebook_size), start))
 
     @property
     def _stored_codes(self) -> Tensor:
@@ -89,16 +94,6 @@ class EMAVQ(Quantizer):
     def sums(self) -> Tensor:
         """m (codebooks, K, D)."""
         return self.means * self.smoothed_counts[..., None]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EMAVQ":
-        """Statistics move to other devices, but not to half precision: 1 % steps would be lost."""
-        kept = {name: getattr(self, name) for name in ("means", "counts")}
-        super()._apply(fn, recurse)
-        for name, value in kept.items():
-            moved = getattr(self, name)
-            if torch.finfo(moved.dtype).bits < 32:
-                setattr(self, name, value.to(moved.device))
-        return self
 
     def quantize(self, z: Tensor) -> NearestCodes:
         """The nearest codes of latents (..., D), with heads (..., heads, D)."""
@@ -116,19 +111,24 @@ class EMAVQ(Quantizer):
         batch_sums, batch_counts = self._batch_statistics(latents, out.indices)
         sums = self.decay * self.sums + (1 - self.decay) * batch_sums
         self.counts.mul_(self.decay).add_(batch_counts, alpha=1 - self.decay)
-        self.means.copy_(sums / self.smoothed_counts[..., None])
+        smoothed = self.smoothed_counts[..., None]
+        self.means.copy_(torch.where(smoothed > 0, sums / smoothed, self.means))
         if self.threshold_ema_dead_code:
             self._restart(latents, out.squared_distance)
 
     def _batch_statistics(self, latents: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Σz (codebooks, K, D) and n (codebooks, K), of all replicas."""
+        """Σz (codebooks, K, D) and n (codebooks, K), of all replicas.
+
+        Zero for a code whose sum is not finite: one such row would stay in its mean for ever.
+        """
         indices = self._by_codebook(indices[..., None])[..., 0]
         parts = [
             replica_code_sums(rows, chosen, self.codebook_size, self.sync_codebook)
             for rows, chosen in zip(latents, indices, strict=True)
         ]
-        sums, counts = zip(*parts, strict=True)
-        return torch.stack(sums), torch.stack(counts)
+        sums, counts = (torch.stack(part) for part in zip(*parts, strict=True))
+        finite = sums.isfinite().all(-1)
+        return sums.where(finite[..., None], 0), counts.where(finite, 0)
 
     def _restart(self, latents: Tensor, squared_distance: Tensor) -> None:
         """Restart the codes of few rows, with their running statistics."""
@@ -145,6 +145,8 @@ class EMAVQ(Quantizer):
     def _initialise(self, z: Tensor) -> None:
         """k-means, and the counts that belong to it."""
         super()._initialise(z)
+        if not self._is_initialised:
+            return
         indices, _ = nearest_codes(z, self.codebook)
         _, counts = self._batch_statistics(self._by_codebook(z), indices)
         self.counts.copy_(counts.clamp(min=1))

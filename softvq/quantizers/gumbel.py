@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from softvq import losses
+from softvq.checks import check_positive, check_weights
 from softvq.functional import soft_quantize
 from softvq.kernels import reference
 from softvq.quantizers.base import QuantizerOptions
-from softvq.quantizers.checks import check_positive, check_weights
 from softvq.quantizers.straight_through import (
     codes_at,
     nearest_straight_through,
@@ -52,7 +52,7 @@ class GumbelVQ(TemperedQuantizer):
 
     Args:
         dim, codebook_size, codebook_dim, heads, **options: see `Quantizer`.
-        temperature: T of the relaxation. A 0-d buffer, `temperature`, that schedules may fill.
+        temperature: T of the relaxation; read as `temperature`, changed by `set_temperature`.
         logits_temperature: L, the divisor of the squared distance summed over D.
         straight_through: in training the value is that of the sampled code, argmax (log p + g),
             and the gradient that of the relaxation.

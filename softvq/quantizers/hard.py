@@ -5,8 +5,8 @@ from typing import NamedTuple, Unpack
 from torch import Tensor, nn
 
 from softvq import losses
+from softvq.checks import check_weights
 from softvq.quantizers.base import Quantizer, QuantizerOptions
-from softvq.quantizers.checks import check_weights
 from softvq.quantizers.straight_through import NearestCodes, nearest_straight_through
 
 

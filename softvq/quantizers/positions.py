@@ -1,5 +1,7 @@
 """Which positions of a batch count: masks and lengths."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -42,3 +44,14 @@ def put_back(values: Tensor, valid: Tensor, elsewhere: Tensor) -> Tensor:
     full = elsewhere.to(values.dtype, copy=True)
     full[valid] = values
     return full
+
+
+def without_rows(loss: Tensor, parts: NamedTuple) -> tuple[Tensor, NamedTuple]:
+    """Losses () that are means over nothing, as zeros with gradients of zero.
+
+    They keep their graphs: data-parallel training waits for the same gradients from every replica.
+    """
+    regulariser = parts.entropy_regulariser  # of all replicas' rows
+    nothing = torch.ones_like(loss, dtype=torch.bool)
+    parts = type(parts)._make(part.masked_fill(nothing, 0) for part in parts)
+    return loss.masked_fill(nothing, 0), parts._replace(entropy_regulariser=regulariser)

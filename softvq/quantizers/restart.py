@@ -1,11 +1,12 @@
 """Restarting codes that nothing uses."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softvq.distributed.collectives import sum_over_replicas
 from softvq.functional import nearest_codes
 from softvq.quantizers.draw import draw_latents
+from softvq.quantizers.precise import KeepsFloat32
 
 
 @torch.no_grad()
@@ -24,23 +25,25 @@ def restart_codes(
 
     Args:
         codes: (K, D). dead: (K,) bool, the same on every replica.
-        latents: (n, D). squared_distance: (n,).
+        latents: (n, D). squared_distance: (n,); where it is not finite, no code moves.
     Returns:
         the new codes (K, D), and which of them moved (K,) bool.
     """
-    weights = squared_distance.to(codes.dtype)
-    drawn, exists = draw_latents(latents, weights, len(codes), sync)
+    drawn, exists = draw_latents(latents, squared_distance, len(codes), sync)
     turn = (dead.cumsum(0) - 1).clamp(min=0)  # the first dead code has the first latent
     moved = dead & exists[turn]
     return torch.where(moved[:, None], drawn[turn].to(codes.dtype), codes), moved
 
 
-class DeadCodeRestart(nn.Module):
+class DeadCodeRestart(KeepsFloat32):
     """Follows each code's share of the latents and moves the codes that have none.
 
     A code is dead when its running share falls under `threshold` of an even one, 1/K; it moves as
-    `restart_codes` says.
+    `restart_codes` says. For one codebook, and for the latents that meet its codes: behind a
+    projection, and cut into heads.
     """
+
+    in_float32 = ("share",)
 
     def __init__(
         self,
@@ -65,14 +68,29 @@ class DeadCodeRestart(nn.Module):
         self.share.lerp_(counts / counts.sum().clamp(min=1), 1 - self.decay)
 
     @torch.no_grad()
-    def restart(self, codebook: Tensor, latents: Tensor) -> None:
-        """Move the dead codes of the codebook (K, D), in place, to latents (..., D)."""
+    def restart(self, codebook: Tensor, latents: Tensor, indices: Tensor | None = None) -> None:
+        """Move the dead codes of the codebook (K, D), in place, to latents (..., D).
+
+        indices: (...), those of `update`; no code moves to a latent of index −1.
+
+        Raises:
+            ValueError: another shape, or a codebook that is a copy, as with use_cosine_sim.
+        """
+        if codebook.shape != (len(self.share), latents.shape[-1]):
+            raise ValueError(
+                f"codebook must be (K, D) and latents (..., D) with K = {len(self.share)}, "
+                f"got {tuple(codebook.shape)} and {tuple(latents.shape)}"
+            )
+        if codebook.grad_fn is not None and not codebook._is_view():
+            raise ValueError("codebook is a copy, as with use_cosine_sim: no code would move")
         even = 1 / len(self.share)
         dead = self.share < self.threshold * even
         if not dead.is_cuda and not dead.any():  # a GPU is not waited for
             return
         rows = latents.reshape(-1, latents.shape[-1])
         _, squared_distance = nearest_codes(rows, codebook)
+        if indices is not None:
+            squared_distance = squared_distance.masked_fill(indices.flatten() < 0, torch.inf)
         codes, moved = restart_codes(codebook, dead, rows, squared_distance, self.sync_codebook)
         codebook.copy_(codes)
         self.share.masked_fill_(moved, even)

@@ -2,12 +2,14 @@
 
 from typing import Literal, NamedTuple, Unpack, get_args
 
+import torch
 from torch import Tensor, nn
 
 from softvq import losses
+from softvq.checks import check_choice, check_weights
 from softvq.functional import Estimator, SoftQuantized, soft_quantize
 from softvq.quantizers.base import QuantizerOptions
-from softvq.quantizers.checks import check_choice, check_weights
+from softvq.quantizers.straight_through import codes_at
 from softvq.quantizers.temperature import TemperedQuantizer
 
 CodebookLoss = Literal["free_energy", "quantizing_error", "detached_quantizing_error", "likelihood"]
@@ -21,14 +23,22 @@ class SoftVQLoss(NamedTuple):
     entropy_regulariser: Tensor  # zero with entropy_weight=0
 
 
+class SoftAssignment(NamedTuple):
+    """What `SoftVQ.assign` returns; (B, ...) are the positions, with heads (B, ..., heads)."""
+
+    quantized: Tensor  #       as x: the soft mixture, whatever the estimator
+    indices: Tensor  #         (B, ...) int64, the nearest codes
+    max_probability: Tensor  # (B, ...), that of the nearest code
+
+
 class SoftVQ(TemperedQuantizer):
     """Soft vector quantisation: q = softmax(−‖z−c‖²/T) · C.
 
     Args:
         dim, codebook_size, codebook_dim, heads, **options: see `Quantizer`.
         temperature: T, the divisor of the squared distance summed over D. (The original Soft
-            VQ-VAE divides the mean distance: its T is D times larger.) A 0-d buffer,
-            `temperature`, that schedules may fill; with learn_temperature a parameter.
+            VQ-VAE divides the mean distance: its T is D times larger.) To be read as `temperature`
+            and changed by `set_temperature`.
         learn_temperature: learn log T; only with codebook_loss="likelihood", since every other
             loss falls for ever as T grows.
         estimator: "soft" or "straight_through" (value of the nearest code, soft gradient).
@@ -85,6 +95,19 @@ class SoftVQ(TemperedQuantizer):
             detach_probabilities=self.codebook_loss == "detached_quantizing_error",
             detach_log_partition=self._detach_log_partition,
         )
+
+    @torch.no_grad()
+    def assign(self, x: Tensor) -> SoftAssignment:
+        """How x (B, ..., dim), or (B, dim, ...) without channel_last, is assigned to the codes."""
+        self._check_input(x)
+        z = self._latents(x if self.channel_last else x.movedim(1, -1))
+        soft = soft_quantize(z, self.codebook, self.temperature)
+        nearest = codes_at(self.codebook, soft.indices)
+        best_score = -(losses.in_float32(z) - nearest).square().sum(-1) / self.temperature
+        # Two large numbers when T is small: their difference may round to above zero.
+        max_probability = (best_score - soft.log_partition).clamp(max=0).exp()
+        quantized = self._to_input_layout(self._outputs(soft.quantized))
+        return SoftAssignment(quantized, soft.indices, max_probability)
 
     def _loss(
         self, z: Tensor, out: SoftQuantized, entropy_regulariser: Tensor

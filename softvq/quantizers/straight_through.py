@@ -46,4 +46,5 @@ def codes_at(codebook: Tensor, indices: Tensor) -> Tensor:
     """Codes (..., D) of indices (...) in (K, D); (..., H, D) of (..., H) in (H, K, D)."""
     if codebook.dim() == 2:
         return codebook[indices]
-    return codebook[torch.arange(len(codebook), device=indices.device), indices]
+    # Of transposed indices come codes whose strides torch.compile does not foresee.
+    return codebook[torch.arange(len(codebook), device=indices.device), indices.contiguous()]

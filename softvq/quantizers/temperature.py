@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softvq.checks import check_positive
 from softvq.quantizers.base import Quantizer
-from softvq.quantizers.checks import check_positive
 
 
 class TemperedQuantizer(Quantizer):
     """A quantizer with a temperature > 0, kept as its logarithm: a 0-d buffer or parameter."""
+
+    in_float32 = ("log_temperature",)
 
     def __init__(self, *sizes: Any, temperature: float, learn: bool = False, **options: Any):
         super().__init__(*sizes, **options)
@@ -24,7 +26,7 @@ class TemperedQuantizer(Quantizer):
 
     @property
     def temperature(self) -> Tensor:
-        """T, a 0-d tensor."""
+        """T, a 0-d tensor, computed when it is read: `set_temperature` changes it."""
         return self.log_temperature.exp()
 
     @torch.no_grad()

@@ -1,10 +1,11 @@
 """Batch norm over two ranks is that of the joint batch."""
 
+import pytest
 import torch
 from torch import nn
 
 from softvq.distributed.batch_norm import ReplicaBatchNorm, synchronise_batch_norms
-from tests.distributed.worker import network, normalised
+from tests.distributed.worker import images_of_half_precision, network, normalised
 
 
 def test_batch_norms_have_the_statistics_of_all_ranks(found):
@@ -16,6 +17,24 @@ def test_batch_norms_have_the_statistics_of_all_ranks(found):
         torch.testing.assert_close(own_statistics, statistics)
         torch.testing.assert_close(own_evaluated, evaluated)
     assert found[0]["batch norm"][2].keys() == network().state_dict().keys() - grads.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batches_of_half_precision(found, dtype):
+    norm = nn.BatchNorm2d(3)
+    wanted = norm(images_of_half_precision().float()).bfloat16()
+    for rank, results in enumerate(found):
+        output, variance = results["half precision", dtype]
+        own = wanted[4 * rank : 4 * rank + 4]
+        torch.testing.assert_close(output, own, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(variance, norm.running_var.to(dtype))
+
+
+def test_a_model_in_evaluation_stays_in_it():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3)).eval()
+    model[1].train()
+    synchronise_batch_norms(model)
+    assert [norm.training for norm in model] == [False, True]
 
 
 def test_alone_a_replaced_batch_norm_is_the_one_it_replaces():

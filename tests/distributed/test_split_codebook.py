@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from softvq import nearest_codes
 from softvq.distributed import split_soft_quantize
-from tests.distributed.worker import DTYPES, SCALES, SIZES, problem, whole
+from tests.distributed.worker import DTYPES, SCALES, SIZES, close_codes, problem, whole
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
@@ -39,6 +40,12 @@ def test_both_ranks_have_the_same_bits(found, dtype):
     one, other = (results[dtype, 1.0] for results in found)
     for number in (0, 1, 2, 3, 4, 6):  # all but the gradient of the own codes
         assert torch.equal(one[number], other[number])
+
+
+def test_parts_compare_distances_of_half_precision_in_float32(found):
+    wanted, _ = nearest_codes(*close_codes())
+    for results in found:
+        assert (results["close codes"] == wanted).all()
 
 
 def test_heads_are_refused():

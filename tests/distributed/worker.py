@@ -52,6 +52,19 @@ def split(dtype, scale):
     return results(split_soft_quantize, z, shard, temperature, weights)
 
 
+def close_codes():
+    """Half-precision latents among codes whose distances half precision cannot tell apart."""
+    generator = torch.Generator().manual_seed(4)
+    z = 30 * torch.randn(200, 128, generator=generator)
+    return z.half(), torch.randn(60, 128, generator=generator).half()
+
+
+def nearest_of_close_codes():
+    """The indices that this rank gets for them."""
+    z, codebook = close_codes()
+    return split_soft_quantize(z, codebook.chunk(2)[distributed.get_rank()], 1.0).indices
+
+
 def network():
     """Batch norms of both kinds, one without weights."""
     torch.manual_seed(0)
@@ -79,6 +92,20 @@ def normalised(model, part, replicas):
     return output.detach(), grads, statistics, model.eval()(images).detach()
 
 
+def images_of_half_precision():
+    """A batch of all ranks."""
+    return torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+def normalised_in_half_precision(dtype):
+    """Output and running variance of a step of a batch norm in `dtype`; float32: as by autocast."""
+    rank = distributed.get_rank()
+    model = nn.Sequential(nn.BatchNorm2d(3)).to(dtype)
+    synchronise_batch_norms(model)
+    output = model(images_of_half_precision()[4 * rank : 4 * rank + 4])
+    return output.detach(), model[0].running_var
+
+
 def collectives():
     """Sums and means, and the gradients of the mean of all ranks' losses."""
     rank = distributed.get_rank()
@@ -91,7 +118,7 @@ def collectives():
 def main(rank, folder):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
-    found = {"collectives": collectives()}
+    found = {"collectives": collectives(), "close codes": nearest_of_close_codes()}
     for dtype in DTYPES:
         for scale in SCALES:
             found[dtype, scale] = split(dtype, scale)
@@ -101,6 +128,8 @@ def main(rank, folder):
     output, grads, *rest = normalised(model, rows, distributed.get_world_size())
     grads = {name: sum_over_replicas(grad) for name, grad in grads.items()}
     found["batch norm"] = (output, grads, *rest)
+    for dtype in (torch.float32, torch.bfloat16):
+        found["half precision", dtype] = normalised_in_half_precision(dtype)
     torch.save(found, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 

@@ -26,14 +26,15 @@ def every_result(z, codebook, temperature, **options) -> tuple[torch.Tensor, ...
     both = softvq.usage_and_entropy(z, codebook, temperature, **options)
     indices, distance = softvq.nearest_codes(z, codebook, **options)
     sums, counts = softvq.code_sums(z, out.indices, len(codebook), backend=options["backend"])
-    differentiable = (out.quantized, out.log_partition, out.entropy, *both, distance, sums)
+    p = softvq.assignment_probabilities(z, codebook, temperature)
+    differentiable = (out.quantized, out.log_partition, out.entropy, *both, distance, sums, p)
     return *differentiable, out.indices, indices, counts
 
 
 def with_gradients(function, *tensors, **options) -> list[torch.Tensor]:
     """Results of `every_result`, and gradients of the inputs."""
     results = function(*tensors, **options)
-    loss = sum(x.square().mean() for x in results[:7])
+    loss = sum(x.square().mean() for x in results[:8])
     return [*results, *torch.autograd.grad(loss, tensors)]
 
 
@@ -154,6 +155,16 @@ def test_autocast_does_not_lower_the_precision(backend, dtype):
     with torch.autocast(DEVICE, dtype):
         inside = with_gradients(every_result, *tensors, backend=backend)
     assert_same(inside, with_gradients(every_result, *tensors, backend=backend))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["streaming", "reference", TRITON])
+def test_distances_of_half_precision_are_computed_in_float32(backend, dtype):
+    z = (40 * torch.randn(30, 64, device=DEVICE)).to(dtype)
+    codebook = torch.randn(10, 64, device=DEVICE).to(dtype)
+    indices, distance = softvq.nearest_codes(z, codebook, backend=backend)
+    assert distance.dtype == torch.float32
+    torch.testing.assert_close(distance, (z.float() - codebook[indices]).square().sum(-1))
 
 
 @pytest.mark.parametrize("backend", ["streaming", "reference", TRITON])

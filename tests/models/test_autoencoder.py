@@ -33,6 +33,12 @@ def test_the_loss_of_an_ae_is_its_reconstruction_alone(images):
     assert model.eval().evaluate(images).values == {}
 
 
+def test_a_loss_that_it_has_not_is_refused():
+    message = "weights.reconstruction_quantizing must be 0: Autoencoder has no such loss"
+    with pytest.raises(ValueError, match=message):
+        build(LossWeights(reconstruction_quantizing=0.5))
+
+
 @pytest.mark.parametrize("reconstruction_loss", ["squared", "absolute"])
 def test_the_loss_of_a_vae_is_the_weighted_sum(images, reconstruction_loss):
     model = build(reconstruction_loss=reconstruction_loss).eval()  # z is the mean

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 import softvq
 from softvq import losses
@@ -176,6 +177,36 @@ def test_a_quantized_model_reconstructs_from_its_own_q(images, estimator, own):
     assert not torch.equal(outputs[SOFT], outputs[HARD])
 
 
+@pytest.mark.parametrize("estimator", ["soft", "straight_through"])
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        {"heads": 2},
+        {"heads": 2, "separate_codebook_per_head": True, "codebook_dim": 3},
+        {"codebook_dim": 2},
+        {"use_cosine_sim": True},
+    ],
+    ids=str,
+)
+def test_evaluation_goes_through_the_quantizer(images, quantizer, estimator):
+    model = build(quantizer=quantizer | {"estimator": estimator}).eval()
+    seen, z, vq = model.evaluate(images), model.encode(images).mean, model.quantizer
+    indices = vq(z)[1]
+    assert torch.equal(seen.indices[LEVEL], indices)
+    torch.testing.assert_close(seen.outputs[HARD], model.decode_indices({LEVEL: indices}))
+    vq.estimator = "soft"
+    soft = vq(z)[0]
+    torch.testing.assert_close(seen.outputs[SOFT], model.decode(soft))
+    torch.testing.assert_close(seen.values["quantizing_error"], (z - soft).square().mean())
+    latents = vq.project_in(z)
+    if vq.heads == 2:
+        latents = latents.unflatten(-1, (2, -1))
+    if vq.use_cosine_sim:
+        latents = normalize(latents, dim=-1)
+    p = softvq.assignment_probabilities(latents, vq.codebook, vq.temperature)
+    torch.testing.assert_close(seen.values["max_probability"], p.amax(-1).mean())
+
+
 @pytest.mark.parametrize("temperature", [1e-6, 1.0, 1e6])
 def test_max_probability_lies_between_even_and_certain(images, temperature):
     model = build(quantizer={"temperature": temperature}).eval()
@@ -188,6 +219,19 @@ def test_max_probability_lies_between_even_and_certain(images, temperature):
 def test_kl_of_a_deterministic_model_is_zero(images):
     assert build(LossWeights(kl=0.0)).eval().evaluate(images).values["kl"] == 0
     assert build(LossWeights(kl=1.0)).eval().evaluate(images).values["kl"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decoder_input": "quantised"}, "decoder_input must be one of latent, quantized"),
+        ({"quantized_codes": "hard"}, "quantized_codes must be one of nearest, soft"),
+    ],
+    ids=str,
+)
+def test_unknown_names_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        build(**options)
 
 
 @pytest.mark.parametrize("architecture", ["conv"])

@@ -167,6 +167,25 @@ def test_evaluation_leaves_the_model_as_it_is(images, kind):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+@pytest.mark.parametrize("name", ["kl", "reconstruction_quantizing"])
+def test_a_loss_that_it_has_not_is_refused(name):
+    with pytest.raises(ValueError, match=f"weights.{name} must be 0: VQVAE has no such loss"):
+        build("vq", LossWeights(**{"kl": 0.0, name: 0.5}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reconstruction_loss": "l1"}, "reconstruction_loss must be one of squared, absolute"),
+        ({"architecture": "cnn"}, "architecture must be one of conv, dense; got 'cnn'"),
+    ],
+    ids=str,
+)
+def test_unknown_names_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        build("vq", **options)
+
+
 def test_training_moves_the_running_means(images):
     model = build("ema")
     names = ("means", "counts")

@@ -194,6 +194,12 @@ def test_training_brings_the_codes_of_both_to_their_latents():
         assert errors[-1] < 0.7 * errors[0], level
 
 
+@pytest.mark.parametrize("name", ["kl", "reconstruction_quantizing"])
+def test_a_loss_that_it_has_not_is_refused(name):
+    with pytest.raises(ValueError, match=f"weights.{name} must be 0: VQVAE2 has no such loss"):
+        build(LossWeights(**{"kl": 0.0, name: 0.5}))
+
+
 def test_a_grid_larger_than_the_image_is_refused():
     with pytest.raises(ValueError, match="latent grid 9x2 must lie between"):
         build(grid=(9, 2))

@@ -4,9 +4,10 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import distributed
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from softvq.quantizers import EMAVQ, VQ, DeadCodeRestart
+from softvq.quantizers import EMAVQ, VQ, DeadCodeRestart, GumbelVQ, SoftVQ
 
 DIM, CODES, ROWS, FIRST = 3, 8, 60, 37  # the first replica has 37 of the 60 rows
 
@@ -20,6 +21,16 @@ CASES = {
     "seeds": (VQ, {"kmeans_init": True, "kmeans_iters": 0}),
     "apart": (EMAVQ, {"sync_codebook": False}),
 }
+ENTROPY = {"entropy_weight": 0.5}
+LEARNED = {"learn_temperature": True, "codebook_loss": "likelihood"}
+TRAINED = {
+    "vq": (VQ, {}),
+    "vq, entropy": (VQ, ENTROPY),
+    "ema, entropy": (EMAVQ, ENTROPY | {"codebook_dim": 2}),
+    "soft": (SoftVQ, ENTROPY | LEARNED),
+    "gumbel": (GumbelVQ, ENTROPY),
+}
+COUNTED = ((20, 5), (30, 0), (10, 23))  # how many rows each replica's mask leaves it, step by step
 
 
 def batch(step, dim=DIM):
@@ -44,6 +55,42 @@ def run(case, rows, seed):
     return vq.state_dict()
 
 
+class Net(nn.Module):
+    """A linear layer before a quantizer."""
+
+    def __init__(self, case):
+        super().__init__()
+        kind, options = TRAINED[case]
+        torch.manual_seed(0)
+        self.linear = nn.Linear(DIM, DIM)
+        self.vq = kind(DIM, CODES, **options)
+
+    def forward(self, x, mask):
+        """A loss of all that the quantizer returns."""
+        quantized, _, loss = self.vq(self.linear(x), mask=mask)
+        return loss + quantized[mask].square().sum()
+
+
+def counted(step, rank):
+    """A replica's rows of a step, and which of them count."""
+    rows = batch(step)[:FIRST] if rank == 0 else batch(step)[FIRST:]
+    return rows, torch.arange(len(rows)) < COUNTED[step][rank]
+
+
+def trained(case, rank):
+    """Each step's state before it, loss, and mean gradients of both replicas."""
+    net, steps = DistributedDataParallel(Net(case)), []
+    for step in range(len(COUNTED)):
+        before = {name: value.clone() for name, value in net.module.state_dict().items()}
+        net.zero_grad()
+        torch.manual_seed(step)
+        loss = net(*counted(step, rank))
+        loss.backward()
+        grads = {name: p.grad.clone() for name, p in net.module.named_parameters()}
+        steps.append((before, loss.detach(), grads))
+    return steps
+
+
 def shares():
     """What the trainer's restart counts, and where it moves codes."""
     rank = distributed.get_rank()
@@ -61,6 +108,7 @@ def main(rank, folder):
     rows = slice(0, FIRST) if rank == 0 else slice(FIRST, ROWS)
     results = {case: run(case, rows, seed=rank) for case in CASES}
     results["shares"] = shares()
+    results |= {case: trained(case, rank) for case in TRAINED}
     torch.save(results, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 

@@ -107,6 +107,47 @@ def test_the_next_step_does_not_undo_a_restart():
     torch.testing.assert_close(vq.codebook[1], torch.tensor([10.0]), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("threshold", [0.5, 2.0, 5.0])
+def test_codes_in_use_live_from_the_first_call_on(threshold):
+    vq = EMAVQ(DIM, CODES, threshold_ema_dead_code=threshold)
+    vq.codebook = torch.cat([10 * torch.eye(DIM), -10 * torch.eye(DIM)])
+    before = vq.codebook.clone()
+    for _ in range(3):
+        vq(before.repeat(6, 1) + 0.01 * torch.randn(6 * CODES, DIM))
+    torch.testing.assert_close(vq.codebook, before, rtol=0, atol=0.01)
+
+
+def test_a_threshold_of_one_or_less_starts_from_counts_of_one():
+    for threshold in (0.0, 0.3, 1.0):
+        assert (EMAVQ(DIM, CODES, threshold_ema_dead_code=threshold).counts == 1).all()
+
+
+def test_counts_stay_until_kmeans_has_rows():
+    vq = EMAVQ(DIM, CODES, kmeans_init=True, threshold_ema_dead_code=5.0)
+    before = vq.counts.clone()
+    vq._initialise(torch.empty(0, DIM))
+    assert torch.equal(vq.counts, before)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("options", [{}, {"heads": 2, "separate_codebook_per_head": True}], ids=str)
+def test_rows_that_are_not_finite_leave_no_trace(bad, options):
+    vq = EMAVQ(DIM, CODES, decay=0.5, threshold_ema_dead_code=0.9, **options)
+    x = torch.randn(20, DIM)
+    x[::5, 1] = bad
+    for _ in range(3):  # codes die, and there are finite rows to restart them at
+        vq(x)
+    assert vq.codebook.isfinite().all() and vq.counts.isfinite().all()
+    assert vq(torch.randn(20, DIM))[2].isfinite()
+
+
+def test_without_memory_a_masked_batch_leaves_the_codes():
+    vq = EMAVQ(DIM, CODES, decay=0.0)
+    before, x = vq.codebook.clone(), torch.randn(2, 3, DIM)
+    vq(x, mask=torch.zeros(2, 3, dtype=torch.bool))
+    assert torch.equal(vq.codebook, before)
+
+
 def test_no_threshold_no_restart():
     vq, x = with_one_dead_code(threshold=0.0)
     for _ in range(5):

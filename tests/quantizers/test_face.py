@@ -1,4 +1,4 @@
-"""What all quantizers share: the call, layouts, heads, codes and indices, precision, compiling."""
+"""What all quantizers share: the call, layouts, heads, codes and indices, compiling."""
 
 import pytest
 import torch
@@ -123,6 +123,30 @@ def test_codes_are_read_and_written(kind):
         vq.codebook = codes[1:]
 
 
+@each
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("cosine", [False, True])
+def test_a_codebook_is_assigned_to_another_quantizer(kind, separate, cosine):
+    options = {"heads": 3, "separate_codebook_per_head": separate, "use_cosine_sim": cosine}
+    one, other = layer(kind, **options), layer(kind, **options)
+    one.codebook = other.codebook
+    torch.testing.assert_close(one.codebook, other.codebook)
+    assert kind is EMAVQ or other.codebook.requires_grad
+    with torch.no_grad():
+        other.codebook.zero_()
+        assert one.codebook.abs().min() > 0
+        assert cosine or other.codebook.abs().max() == 0
+
+
+@each
+def test_kmeans_leaves_codes_that_were_assigned(kind):
+    vq = layer(kind, kmeans_init=True)
+    vq.codebook = 50 + torch.randn(CODES, DIM)
+    assert vq.initialised
+    vq(torch.randn(40, DIM))
+    assert vq.codebook.mean() > 40
+
+
 def test_a_masked_position_has_no_output_even_through_a_projection():
     vq = layer(VQ, codebook_dim=4, heads=2)
     output = vq.get_output_from_indices(torch.tensor([[0, 1], [-1, -1]]))
@@ -179,33 +203,20 @@ def test_state_dict_round_trip(kind):
         assert torch.equal(a, b)
 
 
-@each
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_keeps_statistics_and_losses_in_float32(kind, dtype):
-    vq = layer(kind, codebook_dim=4, entropy_weight=0.1)
-    x = torch.randn(40, DIM).to(dtype).requires_grad_()
-    with torch.autocast("cpu", dtype):
-        quantized, _, loss = vq(x)
-    assert quantized.dtype == dtype and loss.dtype == torch.float32
-    (quantized.float().sum() + loss).backward()
-    assert x.grad.isfinite().all() and x.grad.abs().max() > 0
-    for value in vq.state_dict().values():
-        assert value.dtype in (torch.float32, torch.bool) and value.isfinite().all()
-
-
-@each
-def test_double_precision_stays_double(kind):
-    vq = layer(kind, codebook_dim=4, heads=2, entropy_weight=0.1).double()
-    quantized, _, loss = vq(torch.randn(40, DIM, dtype=torch.float64))
-    assert quantized.dtype == loss.dtype == torch.float64
-    dtypes = {value.dtype for value in vq.state_dict().values()}
-    assert dtypes == {torch.float64, torch.bool}
+SEPARATE = {"heads": 3, "separate_codebook_per_head": True}
 
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [(SoftVQ, {}), (VQ, {"entropy_weight": 0.1}), (EMAVQ, {"threshold_ema_dead_code": 2.0})],
-    ids=lambda value: getattr(value, "__name__", None),
+    [
+        (SoftVQ, {}),
+        (VQ, {"entropy_weight": 0.1}),
+        (EMAVQ, {"threshold_ema_dead_code": 2.0}),
+        (GumbelVQ, {"straight_through": True, **SEPARATE}),
+        (VQ, {"use_cosine_sim": True, **SEPARATE}),
+        (EMAVQ, {"use_cosine_sim": True, "codebook_dim": 4, **SEPARATE}),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_compiles_without_a_break(kind, options):
     torch.compiler.reset()

@@ -92,6 +92,13 @@ def test_training_finds_the_clusters():
     assert torch.allclose(vq.codebook[order], centres, atol=0.1)
 
 
+def test_the_codebook_loss_of_a_half_precision_module_does_not_overflow():
+    vq = VQ(64, CODES).half()
+    _, _, _, parts = vq((40 * torch.randn(30, 64)).half(), return_loss_breakdown=True)
+    assert parts.codebook.dtype == torch.float32
+    torch.testing.assert_close(parts.codebook, parts.commitment)
+
+
 def test_bad_weight_is_named():
     with pytest.raises(ValueError, match=r"commitment_weight must be .* from 0 up, got -0.5"):
         VQ(DIM, CODES, commitment_weight=-0.5)

@@ -104,6 +104,16 @@ def test_a_batch_without_a_valid_row(kind, options):
     torch.testing.assert_close(vq.codebook, before)
 
 
+@each
+def test_without_a_valid_row_every_parameter_has_a_gradient_of_zero(kind, options):
+    vq, _ = pair(kind, options)
+    x, mask = torch.randn(2, 3, DIM), torch.zeros(2, 3, dtype=torch.bool)
+    quantized, _, loss = vq(x, mask=mask)
+    (quantized[mask].sum() + loss).backward()
+    for parameter in vq.parameters():
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -8,8 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
+import softvq
 from softvq.quantizers import EMAVQ
-from tests.quantizers.replica import CASES, CODES, FIRST, ROWS, batch, run
+from tests.quantizers.replica import (
+    CASES,
+    CODES,
+    COUNTED,
+    FIRST,
+    ROWS,
+    TRAINED,
+    Net,
+    batch,
+    counted,
+    run,
+)
 
 WORKER = Path(__file__).with_name("replica.py")
 SYNCED = [case for case in CASES if case != "apart"]
@@ -60,6 +72,40 @@ def test_codes_restart_at_latents_that_only_the_other_replica_has(replicas):
 def test_without_synchronisation_they_part(replicas):
     first, second = (results["apart"]["means"] for results in replicas)
     assert not torch.equal(first, second)
+
+
+def losses_of_both(net, step):
+    """What the losses of both replicas are, in one process."""
+    weight, net.vq.entropy_weight = net.vq.entropy_weight, 0.0
+    net.vq._learn = lambda *_: None
+    latents, entropies, losses = [], [], []
+    for rank in range(2):
+        x, mask = counted(step, rank)
+        latents.append(net.vq.project_in(net.linear(x[mask])))
+        entropy = softvq.soft_quantize(latents[rank], net.vq.codebook, 1.0).entropy
+        entropies.append(entropy.mean() if mask.any() else torch.zeros(()))
+        torch.manual_seed(step)
+        losses.append(net(x, mask) if mask.any() else torch.zeros(()))
+    usage = softvq.code_usage(torch.cat(latents), net.vq.codebook, 1.0)
+    usage_entropy = -(usage * usage.log()).sum()
+    return [
+        loss + weight * (entropy - usage_entropy)
+        for loss, entropy in zip(losses, entropies, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_losses_and_gradients_are_right_however_many_rows_each_masks(replicas, case):
+    for step in range(len(COUNTED)):
+        net = Net(case)
+        net.load_state_dict(replicas[0][case][step][0])
+        wanted = losses_of_both(net, step)
+        (sum(wanted) / 2).backward()
+        for rank in range(2):
+            _, loss, grads = replicas[rank][case][step]
+            torch.testing.assert_close(loss, wanted[rank].detach())
+            for name, parameter in net.named_parameters():
+                torch.testing.assert_close(grads[name], parameter.grad, msg=name)
 
 
 def test_shares_are_counted_over_both(replicas):

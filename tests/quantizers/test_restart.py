@@ -1,8 +1,9 @@
 """Restarting dead codes."""
 
+import pytest
 import torch
 
-from softvq.quantizers import DeadCodeRestart
+from softvq.quantizers import VQ, DeadCodeRestart, GumbelVQ, SoftVQ
 
 CODES, DIM = 6, 3
 THRESHOLD = 0.5
@@ -76,6 +77,52 @@ def test_more_dead_codes_than_rows():
     assert torch.equal(codebook[3:], before[3:])
     restart.restart(codebook, latents)  # the one that was left out has its turn
     assert is_a_row_of(codebook[3], latents)
+
+
+def test_latents_that_are_not_finite_are_not_drawn():
+    restart, codebook = with_dead(0, 1, 2)
+    latents = torch.randn(4, DIM)
+    latents[0, 0], latents[1, 1], latents[2] = torch.nan, torch.inf, -torch.inf
+    restart.restart(codebook, latents)
+    assert is_a_row_of(codebook[0], latents[3:]) and codebook.isfinite().all()
+
+
+def test_masked_latents_are_not_drawn():
+    restart, codebook = with_dead(0, 1, 2)
+    latents, indices = 100 + torch.randn(2, 4, DIM), torch.full((2, 4), -1)
+    indices[1, 2] = 5
+    restart.restart(codebook, latents, indices)
+    assert torch.equal(codebook[0], latents[1, 2]) and codebook.max() < 110
+    assert (codebook[1:] < 50).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_shares_do_not_follow_a_model_to_half_precision(dtype):
+    restart, codebook = with_dead(1)
+    before, codebook = restart.share.clone(), codebook.to(dtype)
+    restart.to(dtype)
+    assert torch.equal(restart.share, before)
+    restart.update(torch.zeros(5, dtype=torch.int64))
+    latents = (200 * torch.randn(7, DIM)).to(dtype)  # squared, more than float16 holds
+    restart.restart(codebook, latents)
+    assert is_a_row_of(codebook[1], latents)
+
+
+@pytest.mark.parametrize("kind", [SoftVQ, VQ, GumbelVQ])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_cosine_sim": True}, "codebook is a copy, as with use_cosine_sim"),
+        ({"heads": 3}, r"with K = 6, got \(6, 1\) and \(7, 3\)"),
+        ({"codebook_dim": 2}, r"with K = 6, got \(6, 2\) and \(7, 3\)"),
+        ({"heads": 3, "separate_codebook_per_head": True}, r"got \(3, 6, 1\) and \(7, 3\)"),
+    ],
+    ids=str,
+)
+def test_codebooks_that_it_cannot_move_are_refused(kind, options, message):
+    restart, _ = with_dead(1)
+    with pytest.raises(ValueError, match=message):
+        restart.restart(kind(DIM, CODES, **options).codebook, torch.randn(7, DIM))
 
 
 def test_the_seed_decides():

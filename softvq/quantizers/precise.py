@@ -1,0 +1,28 @@
+"""Modules that keep some of their state precise when a model is converted to half precision."""
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+
+class KeepsFloat32(nn.Module):
+    """A module whose tensors named in `in_float32` follow it to devices and to float64 only.
+
+    Running averages move by steps of a percent and less, which half precision rounds away; a
+    temperature would be another one, or infinite.
+    """
+
+    in_float32: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept = {id(getattr(self, name)) for name in self.in_float32}
+
+        def convert(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            if id(tensor) in kept and torch.finfo(converted.dtype).bits < 32:
+                return tensor.to(converted.device)
+            return converted
+
+        return super()._apply(convert, recurse)

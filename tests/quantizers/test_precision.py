@@ -1,0 +1,71 @@
+"""The precision of what quantizers keep and return, under autocast and in converted models."""
+
+import pytest
+import torch
+
+from softvq.quantizers import EMAVQ, VQ, GumbelVQ, SoftVQ
+
+DIM, CODES = 6, 10
+each = pytest.mark.parametrize("kind", [SoftVQ, VQ, EMAVQ, GumbelVQ])
+
+
+def layer(kind, **options):
+    return kind(DIM, CODES, **options)
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_statistics_and_losses_in_float32(kind, dtype):
+    vq = layer(kind, codebook_dim=4, entropy_weight=0.1)
+    x = torch.randn(40, DIM).to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype):
+        quantized, _, loss = vq(x)
+    assert quantized.dtype == dtype and loss.dtype == torch.float32
+    (quantized.float().sum() + loss).backward()
+    assert x.grad.isfinite().all() and x.grad.abs().max() > 0
+    for value in vq.state_dict().values():
+        assert value.dtype in (torch.float32, torch.bool) and value.isfinite().all()
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"codebook_dim": 4, "heads": 2}], ids=str)
+def test_a_converted_module_decodes_indices_in_its_own_precision(kind, dtype, options):
+    vq = layer(kind, **options).to(dtype).eval()
+    if kind is SoftVQ:
+        vq.estimator = "straight_through"
+    quantized, indices, _ = vq(torch.randn(40, DIM).to(dtype))
+    output = vq.get_output_from_indices(indices)
+    assert output.dtype == quantized.dtype == dtype
+    assert torch.equal(output, quantized)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (SoftVQ, {}),
+        (SoftVQ, {"learn_temperature": True, "codebook_loss": "likelihood"}),
+        (GumbelVQ, {}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_temperature_does_not_follow_a_model_to_half_precision(kind, options, dtype):
+    vq = layer(kind, temperature=2.02, **options).to(dtype)
+    assert vq.codebook.dtype == dtype
+    torch.testing.assert_close(vq.temperature, torch.tensor(2.02))
+    vq.set_temperature(1e5)
+    torch.testing.assert_close(vq.temperature, torch.tensor(1e5))
+    quantized, _, loss = vq(torch.randn(40, DIM).to(dtype))
+    assert quantized.dtype == dtype and loss.isfinite()
+    loss.backward()
+    assert vq.double().temperature.dtype == torch.float64
+
+
+@each
+def test_double_precision_stays_double(kind):
+    vq = layer(kind, codebook_dim=4, heads=2, entropy_weight=0.1).double()
+    quantized, _, loss = vq(torch.randn(40, DIM, dtype=torch.float64))
+    assert quantized.dtype == loss.dtype == torch.float64
+    dtypes = {value.dtype for value in vq.state_dict().values()}
+    assert dtypes == {torch.float64, torch.bool}
