@@ -78,6 +78,15 @@ def test_a_plain_checkout_has_its_kernels(tmp_path):
     assert Path(done.stdout.strip()) == ROOT / "kernels" / "reference.py"
 
 
+def test_what_writes_no_settings_does_without_tomli_w():
+    code = (
+        "import runpy, sys; sys.modules['tomli_w'] = None;"
+        "runpy.run_path('tests/conftest.py'); import bench.trainer, bench.quality"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_setup_lists_every_package_and_its_files():
     call = next(
         node

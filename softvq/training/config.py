@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import tomli_w
 import torch
 
 from softvq.data import DATASETS
@@ -261,6 +260,8 @@ class TrainConfig:
 
     def to_toml(self) -> str:
         """The settings as `read_config` reads them, without those left open."""
+        import tomli_w  # only here: tests and bench that train no run folder do without it
+
         values = dataclasses.asdict(self)
         return tomli_w.dumps(
             {
