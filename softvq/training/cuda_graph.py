@@ -24,6 +24,7 @@ class Replayed:
     def __init__(self, compute: Compute, say: Callable[[str], None], recorder: Recorder):
         self.compute, self.say, self.recorder = compute, say, recorder
         self.inputs: tuple[Batch, Tensor] | None = None
+        self.aside: torch.cuda.Stream | None = None  # one: each has a memory cache of its own
         self.run = self._warm_up
         self.warm = 0
 
@@ -31,6 +32,7 @@ class Replayed:
         if self.inputs is None:
             still = torch.empty((), device=batch[0].device)
             self.inputs = (tuple(map(torch.empty_like, batch)), still)
+            self.aside = torch.cuda.Stream() if still.is_cuda else None
         for place, tensor in zip(self.inputs[0], batch, strict=True):
             place.copy_(tensor, non_blocking=True)
         self.inputs[1].fill_(progress)
@@ -44,14 +46,14 @@ class Replayed:
             self.run = self._recorded()
             return self.run()
         self.warm += 1
-        if not self.inputs[1].is_cuda:
+        if self.aside is None:
             return self._as_it_is()
         # Aside, as a recording is: autograd remembers the stream that it first met.
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
+        here = torch.cuda.current_stream()
+        self.aside.wait_stream(here)
+        with torch.cuda.stream(self.aside):
             seen = self._as_it_is()
-        here.wait_stream(aside)
+        here.wait_stream(self.aside)
         return seen
 
     def _recorded(self) -> Callable[[], TrainingStep]:
