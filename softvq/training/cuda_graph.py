@@ -68,16 +68,19 @@ class Replayed:
 def record(function: Callable[[], TrainingStep]) -> Callable[[], TrainingStep]:
     """Record a function that only queues work as a CUDA graph; it is not run.
 
-    Raises RuntimeError, with the random numbers as they were, for a function that waits for the
-    device or does what cannot be recorded.
+    Raises RuntimeError, with the random numbers and the current stream as they were, for a function
+    that waits for the device or does what cannot be recorded. Other threads, as one that pins the
+    memory of batches, may do so meanwhile.
     """
+    here = torch.cuda.current_stream()
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     before = generator.clone_state()
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = function()
     except RuntimeError:
+        torch.cuda.set_stream(here)  # an error at the recording's end leaves its own current
         generator.graphsafe_set_state(before)  # it may think that the recording goes on
         raise
 

@@ -1,6 +1,7 @@
 """The step as one object: the same bits as a plain loop, and what a GPU adds, without one."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -236,13 +237,27 @@ def test_no_step_waits_for_the_device(tiny_runs, model, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_a_failed_recording_leaves_the_random_numbers_alone():
-    state = torch.cuda.get_rng_state()
+def test_a_failed_recording_leaves_random_numbers_and_stream_alone():
+    state, stream = torch.cuda.get_rng_state(), torch.cuda.current_stream()
 
     def waits():
         torch.rand(3, device="cuda").sum().item()
 
     with pytest.raises(RuntimeError):
         cuda_graph.record(waits)
+    assert torch.cuda.current_stream() == stream
     assert torch.equal(torch.cuda.get_rng_state(), state)
     torch.rand(3, device="cuda").sum().item()
+
+
+@pytest.mark.gpu
+def test_another_thread_may_pin_memory_while_a_step_is_recorded():
+    place = torch.zeros((), device="cuda")
+
+    def pins_meanwhile():
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(torch.empty, 2**20, pin_memory=True).result()
+        return place.add_(1)
+
+    replay = cuda_graph.record(pins_meanwhile)
+    assert replay() == 1
