@@ -1,4 +1,4 @@
-"""Everything in one call: check, the GPU's tests, compile, step, memory, op; the tables last.
+"""Everything in one call: check, compile, step, memory, op; the tables last.
 
 A command that has finished with the same versions of everything is not run again. Sized for nine
 minutes on an H200; smaller on a CPU.
@@ -15,8 +15,10 @@ import torch
 from bench import check, memory, op, step
 from bench.accuracy import print_accuracy
 from bench.results import OUT, Results, Row, print_table, version
+from softvq.kernels import tiles
 
 MINUTES = 8.0  # within nine: the last setting of `op` starts before they are over
+SM = {"ampere": "80", "hopper": "90", "blackwell": "100"}  # for whose machine code, by tiles
 REPORTS = {
     "check": check.print_checks,
     "accuracy": print_accuracy,
@@ -75,11 +77,10 @@ def sizes(device: torch.device, quick: bool) -> dict[str, list[str]]:
     """The modules in order, and their arguments; `op` last, in the time that is left."""
     cuda = device.type == "cuda"
     small = ["--quick"] if quick or not cuda else []
-    processes = ["--jobs", "8"] if cuda else ["--architecture", "90"]
+    processes = ["--jobs", "8"] if cuda else []
     return {
         "check": ["--quick"] if quick else [],
-        **({"pytest": ["-m", "gpu"]} if cuda else {}),
-        "compile": ["--quick", *processes],
+        "compile": ["--quick", "--architecture", SM[tiles.architecture(device)], *processes],
         "step": small,
         "memory": small or ["--seconds", "1"],
         "op": small,
@@ -88,8 +89,6 @@ def sizes(device: torch.device, quick: bool) -> dict[str, list[str]]:
 
 def where(module: str, out: Path, device: torch.device) -> list[str]:
     """A module and where its results go."""
-    if module == "pytest":
-        return [module]
     if module == "compile":
         return ["bench", module, "--out", str(out / "compile" / f"triton-{version('triton')}.csv")]
     return ["bench", module, "--device", str(device), "--out", str(out)]

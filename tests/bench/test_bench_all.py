@@ -75,17 +75,19 @@ def test_all_repeats_what_failed_and_what_has_changed(calls, tmp_path, monkeypat
     assert len(calls.names) == 5
 
 
-def test_a_gpu_also_runs_its_tests_and_the_operator_in_the_time_that_is_left(
+def test_a_gpu_has_its_own_kernels_compiled_and_the_operator_in_the_time_that_is_left(
     calls, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(Results, "__init__", fake_results)
+    monkeypatch.setattr(everything.tiles, "architecture", lambda device: "ampere")
     arguments = ["--device", "cuda", "--out", str(tmp_path)]
     assert everything.main(arguments) == 0
-    names = [name.removeprefix("bench ").split()[0] for name in calls.names]
-    assert names == ["check", "pytest", "compile", "step", "memory", "op"]
+    names = [name.split()[1] for name in calls.names]
+    assert names == ["check", "compile", "step", "memory", "op"]
+    assert "--architecture 80" in calls.names[1]
     assert calls.names[-1].endswith(f"--minutes {everything.MINUTES:.1f}")
     assert everything.main(arguments) == 0
-    assert len(calls.names) == 6
+    assert len(calls.names) == 5
 
 
 def fake_results(self, out, device):
