@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 COLD_BYTES = 2**30  # written before each sample on a GPU
+BUSY_CYCLES = 20_000_000  # that a GPU then waits: 10 ms, more than queueing a call takes the host
 MOST_OF_MEMORY = 0.9  # of what is free: beyond it the kernel would kill instead of refuse
 
 
@@ -28,6 +29,8 @@ class Clock:
     def settle(self) -> None:
         """Empty a GPU's caches, and keep it busy until the work to be timed is queued."""
         self.filler.zero_()
+        if self.cuda:
+            torch.cuda._sleep(BUSY_CYCLES)
 
     def mark(self) -> float | torch.cuda.Event:
         """A point in time."""

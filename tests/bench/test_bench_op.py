@@ -1,11 +1,12 @@
 """The speed commands on tiny sizes: their rows, and candidates that are missing or fail."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import candidates, check, hard, limits, memory, op, step
+from bench import candidates, check, hard, limits, measure, memory, op, step
 from bench.candidates import Candidate, Outputs, Setting
 from bench.results import COLUMNS
 
@@ -210,6 +211,16 @@ def test_vector_quantize_pytorch():
     with torch.no_grad():
         outputs = hard.vector_quantize(setting)(z, codebook)
         assert torch.equal(outputs.indices, hard.cdist(setting)(z, codebook).indices)
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_busy_until_the_work_is_queued():
+    clock = measure.Clock(torch.device("cuda"))
+    clock.settle()
+    start = clock.mark()
+    time.sleep(0.003)  # the host's part
+    assert not start.query()
+    assert clock.seconds(start, clock.mark()) < 1e-3
 
 
 def test_the_default_backend_is_what_is_checked():
