@@ -21,7 +21,7 @@ from bench.measure import Clock, bounded_memory, peak_bytes, quantiles, reason
 from bench.peers import peer_candidates
 from bench.results import OUT, Results, Row, headline, print_table, version
 
-INPUT_SETS = 3
+INPUT_SETS, WARM_TURNS = 3, 2  # max-autotune compiles in the first, records a graph in the second
 TURNS, LEAST_TURNS, TURNS_SECONDS = 20, 3, 60  # the least, however long they take
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -145,7 +145,8 @@ def measure(
             continue
         try:
             run = candidate.prepare(setting)
-            turn(group, run, sets[0], clock)  # compiles, loads, warms up
+            for _ in range(WARM_TURNS):
+                turn(group, run, sets[0], clock)
             runs[candidate.name] = run
         except Exception as error:  # of any library: its row says which
             status[candidate.name] = reason(error)
