@@ -151,7 +151,8 @@ def measure(
         except Exception as error:  # of any library: its row says which
             status[candidate.name] = reason(error)
         free()
-    seconds = turns(group, runs, sets, clock)
+    seconds, failed = turns(group, runs, sets, clock)
+    status |= failed
     del runs, sets, clock
     free()
     rows: list[Row] = []
@@ -175,19 +176,25 @@ def measure(
 
 def turns(
     group: str, runs: dict[str, Run], sets: list[tuple], clock: Clock
-) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every pass, by candidate, the candidates interleaved."""
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, str]]:
+    """Seconds of every pass, by candidate, the candidates interleaved; why others have none."""
     marks: dict[str, list[dict]] = {name: [] for name in runs}
+    failed: dict[str, str] = {}
     started = time.monotonic()
     for repeat in range(TURNS):
         if repeat >= LEAST_TURNS and time.monotonic() - started > TURNS_SECONDS:
             break
-        for name, run in runs.items():
-            marks[name].append(turn(group, run, sets[repeat % len(sets)], clock))
-    return {
-        name: {what: [clock.seconds(*turn[what]) for turn in found] for what in (found or [{}])[0]}
+        for name in tuple(marks):
+            try:
+                marks[name].append(turn(group, runs[name], sets[repeat % len(sets)], clock))
+            except Exception as error:  # what fitted alone may not fit beside the others
+                failed[name] = reason(error)
+                del runs[name], marks[name]
+    seconds = {
+        name: {what: [clock.seconds(*turn[what]) for turn in found] for what in found[0]}
         for name, found in marks.items()
     }
+    return seconds, failed
 
 
 def turn(group: str, run: Run, tensors: tuple, clock: Clock) -> dict[str, tuple]:

@@ -112,6 +112,30 @@ def test_a_missing_peer_and_a_failing_one_are_rows(quick, results, monkeypatch):
     assert status["eager"] == "ok"
 
 
+def test_what_does_not_fit_beside_the_others_is_a_row(quick, results, monkeypatch):
+    calls = []
+
+    def alone(setting):
+        def run(z, codebook):
+            calls.append(run)
+            if len(calls) > op.WARM_TURNS + 1:
+                raise torch.OutOfMemoryError
+            return candidates.eager(z, codebook, 1.0)
+
+        return run
+
+    found = [
+        Candidate("fits alone", alone, "q"),
+        Candidate("eager", candidates.plain(candidates.eager), "q"),
+    ]
+    monkeypatch.setitem(op.GROUPS, "soft", lambda _: found)
+    assert op.main(quick) == 0
+    rows = results.read("op")
+    assert [r["status"] for r in rows if r["candidate"] == "fits alone"] == ["out of memory"]
+    assert len(calls) == op.WARM_TURNS + 2
+    assert {r["status"] for r in rows if r["candidate"] == "eager"} == {"ok"}
+
+
 def test_no_time_left_is_a_row(quick, results):
     assert op.main([*quick, "--minutes", "0"]) == 0
     assert {row["status"] for row in results.read("op")} == {"not run: no time left"}
