@@ -17,7 +17,7 @@ from bench.accuracy import print_accuracy
 from bench.results import OUT, Results, Row, print_table, version
 from softvq.kernels import tiles
 
-MINUTES = 8.0  # within nine: the last setting of `op` starts before they are over
+MINUTES = 8.0  # within nine: what `op` starts last takes up to one
 SM = {"ampere": "80", "hopper": "90", "blackwell": "100"}  # for whose machine code, by tiles
 REPORTS = {
     "check": check.print_checks,

@@ -173,7 +173,7 @@ def softvq_candidates(setting: Setting) -> list[Candidate]:
 
 def torch_candidates(setting: Setting) -> list[Candidate]:
     """Plain PyTorch, and what PyTorch makes of it."""
-    found = [
+    return [
         Candidate("eager", plain(eager), ALL),
         Candidate("eager, lean", plain(eager_lean), LEAN),
         Candidate("eager, chunked", plain(chunked), LEAN),
@@ -181,9 +181,13 @@ def torch_candidates(setting: Setting) -> list[Candidate]:
         Candidate("compiled, lean", compiled(eager_lean), LEAN),
         Candidate("two products", plain(two_products), "z·Cᵀ·C"),
     ]
-    if setting.device.type == "cuda" and setting.codes <= 4096:  # a minute of compilation
-        found.insert(5, Candidate("max-autotune", compiled(eager_lean, "max-autotune"), LEAN))
-    return found
+
+
+def slow_candidates(setting: Setting) -> list[Candidate]:
+    """What compiles for a minute: after all others, whose time it would take."""
+    if setting.device.type == "cpu" or setting.codes > 4096:
+        return []
+    return [Candidate("max-autotune", compiled(eager_lean, "max-autotune"), LEAN)]
 
 
 def batches(setting: Setting) -> int:

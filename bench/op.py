@@ -13,7 +13,14 @@ from pathlib import Path
 
 import torch
 
-from bench.candidates import Candidate, Run, Setting, softvq_candidates, torch_candidates
+from bench.candidates import (
+    Candidate,
+    Run,
+    Setting,
+    slow_candidates,
+    softvq_candidates,
+    torch_candidates,
+)
 from bench.check import require_green
 from bench.hard import hard_candidates
 from bench.limits import PASSES, measure_limits, percents
@@ -32,6 +39,7 @@ def soft_candidates(setting: Setting) -> list[Candidate]:
         *torch_candidates(setting),
         *peer_candidates(setting),
         *softvq_candidates(setting),
+        *slow_candidates(setting),
     ]
 
 
@@ -72,6 +80,7 @@ def settings(device: torch.device, quick: bool) -> list[tuple[str, Setting]]:
 def main(arguments: list[str]) -> int:
     """`python -m bench op`."""
     options = parse(arguments)
+    deadline = time.monotonic() + 60 * options.minutes
     device = torch.device(options.device)
     results = Results(options.out, device)
     if not require_green(results, device):
@@ -90,7 +99,6 @@ def main(arguments: list[str]) -> int:
     dtypes = list({setting.dtype for _, setting in chosen})
     limits = measure_limits(device, dtypes)
     print_limits(results.replace("limits", limits))
-    deadline = time.monotonic() + 60 * options.minutes
     rows: list[Row] = []
     for group, setting in chosen:
         rows += measure(GROUPS[group](setting), group, setting, limits, deadline)
@@ -109,7 +117,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--codes", type=int, nargs="+", help="K, instead of the usual settings")
     parser.add_argument("--dim", type=int, nargs="+", help="D, instead of the usual settings")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
-    parser.add_argument("--minutes", type=float, default=60, help="start no setting after that")
+    parser.add_argument("--minutes", type=float, default=60, help="start nothing after that")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the devices' folders")
     return parser.parse_args(arguments)
 
@@ -151,7 +159,7 @@ def measure(
         except Exception as error:  # of any library: its row says which
             status[candidate.name] = reason(error)
         free()
-    seconds, failed = turns(group, runs, sets, clock)
+    seconds, failed = turns(group, runs, sets, clock, deadline)
     status |= failed
     del runs, sets, clock
     free()
@@ -160,7 +168,8 @@ def measure(
         if candidate.name in status:
             rows.append(base[candidate.name] | {"status": status[candidate.name]})
             continue
-        memory = extra_bytes(candidate, group, setting) if shows_memory(setting) else {}
+        timely = shows_memory(setting) and time.monotonic() < deadline
+        memory = extra_bytes(candidate, group, setting) if timely else {}
         for what, values in seconds[candidate.name].items():
             found = quantiles(values)
             rows.append(
@@ -175,14 +184,14 @@ def measure(
 
 
 def turns(
-    group: str, runs: dict[str, Run], sets: list[tuple], clock: Clock
+    group: str, runs: dict[str, Run], sets: list[tuple], clock: Clock, deadline: float
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, str]]:
     """Seconds of every pass, by candidate, the candidates interleaved; why others have none."""
     marks: dict[str, list[dict]] = {name: [] for name in runs}
     failed: dict[str, str] = {}
-    started = time.monotonic()
+    end = min(deadline, time.monotonic() + TURNS_SECONDS)
     for repeat in range(TURNS):
-        if repeat >= LEAST_TURNS and time.monotonic() - started > TURNS_SECONDS:
+        if repeat >= LEAST_TURNS and time.monotonic() > end:
             break
         for name in tuple(marks):
             try:

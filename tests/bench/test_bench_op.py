@@ -141,6 +141,23 @@ def test_no_time_left_is_a_row(quick, results):
     assert {row["status"] for row in results.read("op")} == {"not run: no time left"}
 
 
+def test_past_the_deadline_only_the_least_turns_follow(quick, monkeypatch):
+    calls = []
+
+    def counted(setting):
+        def run(z, codebook):
+            calls.append(run)
+            return candidates.eager(z, codebook, 1.0)
+
+        return run
+
+    monkeypatch.setattr(op, "time", SimpleNamespace(monotonic=lambda: len(calls)))
+    rows = op.measure([Candidate("eager", counted, "q")], *SETTINGS[0], [], deadline=1)
+    assert len(calls) == op.WARM_TURNS + op.LEAST_TURNS
+    assert {row["status"] for row in rows} == {"ok"}
+    assert not any("extra_bytes" in row for row in rows)
+
+
 def test_memory_is_measured_in_another_process():
     setting = Setting(CPU, 4096, 1024, 16)
     eager = Candidate("eager", candidates.plain(candidates.eager), "q")
