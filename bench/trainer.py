@@ -202,11 +202,10 @@ def parts(config: TrainConfig, task: ImageTask) -> dict[str, Steps]:
     images = task.train.images[: config.batch_size].float() / 255
     model = task.model.train()
     latents = model.encode(images).z.detach()
-    with torch.autocast(task.device.type, torch.bfloat16, enabled=task.device.type == "cuda"):
-        return {
-            "net": as_trained(net(model, images), task.device),
-            "quantizer": as_trained(quantizer(model, latents), task.device),
-        }
+    return {
+        "net": as_trained(net(model, images), task.device),
+        "quantizer": as_trained(quantizer(model, latents), task.device),
+    }
 
 
 def as_trained(work: Steps, device: torch.device) -> Steps:
@@ -228,12 +227,19 @@ def as_trained(work: Steps, device: torch.device) -> Steps:
     return run
 
 
+def autocast(device: torch.device) -> torch.autocast:
+    """As in the step, around each forward: its copies of weights live only until it is left, and
+    what is recorded may read none that were made before."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 def net(model: SoftVQVAE, images: Tensor) -> Steps:
     """Encoder and decoder, forward and backward, with nothing between them."""
 
     def run(steps: int) -> None:
         for _ in range(steps):
-            output = model.decode(model.encode(images).z)
+            with autocast(images.device):
+                output = model.decode(model.encode(images).z)
             model.zero_grad()
             output.backward(torch.ones_like(output))
 
@@ -247,7 +253,8 @@ def quantizer(model: SoftVQVAE, latents: Tensor) -> Steps:
 
     def run(steps: int) -> None:
         for _ in range(steps):
-            quantized, _, loss = layer(latents)
+            with autocast(latents.device):
+                quantized, _, loss = layer(latents)
             layer.zero_grad()
             torch.autograd.backward((quantized, loss), (torch.ones_like(quantized), None))
 

@@ -48,3 +48,23 @@ def test_both_loops_train_the_same_net():
     one, other = (dict(task.model.named_parameters()) for task in tasks)
     assert {name: p.shape for name, p in one.items()} == {n: p.shape for n, p in other.items()}
     assert type(tasks[1].model.quantizer) is trainer.EagerSoftVQ
+
+
+def test_each_forward_of_a_part_makes_its_own_copies_of_the_weights(monkeypatch):
+    """Those of bfloat16 that autocast keeps, which a CUDA graph must not have from another."""
+    made = []
+
+    class Watched(torch.autocast):
+        def __init__(self, device_type, dtype=None, enabled=True):
+            super().__init__(device_type, dtype, enabled)
+            if dtype is not None:  # the operator switches it off and gives none
+                made.append(dtype)
+
+    config = configuration(Setting(torch.device("cpu"), "digits", None, 1, 1))
+    data = build_data(config)
+    config = config.resolved(len(data.train), data.image_shape)
+    monkeypatch.setattr(torch, "autocast", Watched)
+    for run in trainer.parts(config, ImageTask(config, data, torch.device("cpu"))).values():
+        made.clear()
+        run(3)
+        assert made == 3 * [torch.bfloat16]
