@@ -36,17 +36,20 @@ from softvq.kernels import code_sums, code_sweep, fused
 DIMS = (5, 64, 128, 256)
 HEADS, ROWS, CODES = 1, 300, 260  # at least two iterations of every loop, of most three
 SPLITS = 2  # ranges of rows that dC is computed in; as many as a GPU has would have one tile each
+# Sums so long that whatever is lost on the way adds up.
+LONG = {"many codes": (64, 4096), "many rows": (4096, 40)}
 # Incoming gradients; each compiles other kernels.
 GRADIENTS = {"q": ALL[:1], "all": ALL}
 COLUMNS = (
-    *("architecture", "inputs", "dim", "gradients", "metric", "error", "plain", "allowed"),
+    *("architecture", "inputs", "dim", "kind", "metric", "error", "plain", "allowed"),
     *("status", "triton", "date"),
 )
 QUICK = {"inputs": ("bf16", "fp32 highest"), "dim": (64,)}
 
 
-def errors(inputs: str, dim: int, gradients: str) -> Iterator[Row]:
+def errors(inputs: str, dim: int, kind: str) -> Iterator[Row]:
     """What the fused kernels make of one problem, judged as `bench check` does."""
+    rows, codes = LONG.get(kind, (ROWS, CODES))
     latents, codebook, precision = INPUTS[inputs]
     if precision in REDUCED_PRECISION:
         bounds = REDUCED_PRECISION[precision]
@@ -56,11 +59,11 @@ def errors(inputs: str, dim: int, gradients: str) -> Iterator[Row]:
         return
 
     def draw() -> Problem:
-        problem = make(HEADS, ROWS, CODES, dim, temperature=max(1.0, dim / 48))
+        problem = make(HEADS, rows, codes, dim, temperature=max(1.0, dim / 48))
         return Problem(problem.z.to(latents), problem.codebook.to(codebook), problem.temperature)
 
     rounded = {} if latents == torch.float32 else {"matmul": matmul_in(latents)}
-    found = errors_over_draws(fused, draw, None, GRADIENTS[gradients], draws=1, **rounded)
+    found = errors_over_draws(fused, draw, None, GRADIENTS.get(kind, ALL), draws=1, **rounded)
     for name, error in found.items():
         row = {"metric": name, "error": error.ours, "plain": error.plain}
         yield row | judged(error.ours, error.allowed(factor(name)))
@@ -82,19 +85,19 @@ def hard_errors(inputs: str, dim: int) -> Iterator[Row]:
 
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[int, str, int, str]]:
-    """Architecture, inputs, D, and incoming gradients or "hard"."""
+    """Architecture, inputs, D, and what is done: a key of GRADIENTS or LONG, or "hard"."""
     for architecture in options.architecture:
         for inputs in options.inputs:
             for dim in options.dim:
-                if INPUTS[inputs][2] not in REDUCED_PRECISION:
-                    yield architecture, inputs, dim, "q"
-                yield architecture, inputs, dim, "all"
-                yield architecture, inputs, dim, "hard"
+                exact = INPUTS[inputs][2] not in REDUCED_PRECISION
+                kinds = ["q", *(LONG if dim == DIMS[1] else ())] if exact else []
+                for kind in (*kinds, "all", "hard"):
+                    yield architecture, inputs, dim, kind
 
 
 def run(architecture: int, inputs: str, dim: int, kind: str) -> list[Row]:
     """The rows of one case; of a fault, one."""
-    base = {"architecture": f"sm_{architecture}", "inputs": inputs, "dim": dim, "gradients": kind}
+    base = {"architecture": f"sm_{architecture}", "inputs": inputs, "dim": dim, "kind": kind}
     base |= {"triton": triton.__version__, "date": datetime.date.today().isoformat()}
     torch.manual_seed(0)
     with emulated(architecture), patch.object(code_sweep, "_splits", lambda *_: SPLITS):

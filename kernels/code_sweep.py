@@ -4,6 +4,10 @@ A program owns a block of codes and a range of rows; there are far fewer code bl
 multiprocessors, so the rows are split, each range leaves a partial sum, and the partial sums are
 added in a fixed order. The scores are computed transposed, codes by rows: the weights are then the
 left operand of the second product as they leave the registers.
+
+A matrix unit cuts off what a sum has more than a float32, and so shrinks it a little with every
+product. Gradients of 22 bits do not stand that for long: after CHUNK rows what has come together is
+added to the partial sum in memory, and rounded there.
 """
 
 import torch
@@ -13,7 +17,7 @@ from torch import Tensor
 
 from softvq.kernels import tiles
 from softvq.kernels.arithmetic import Arithmetic
-from softvq.kernels.memory import store_with_terms, tile_start
+from softvq.kernels.memory import add_rows, store_with_terms, tile_start
 from softvq.kernels.operands import load_codes, load_operand, score_product
 from softvq.kernels.primitives import (
     LN_2,
@@ -27,6 +31,7 @@ from softvq.kernels.prologue import PreparedCodebook
 
 # At most, unless one partial sum alone is larger.
 PARTIAL_BYTES = 7 * 2**20
+CHUNK = tl.constexpr(128)
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
@@ -59,7 +64,8 @@ def launch(
         splits = _splits(rows, heads, blocks, 4 * heads * padded_codes * width, tile, z.device)
         # In whole tiles, so that only the last range ends inside one.
         rows_per_split = triton.cdiv(triton.cdiv(rows, tile.rows), splits) * tile.rows
-        partial = z.new_empty((splits, heads, padded_codes, width), dtype=torch.float32)
+        shape = (splits, heads, padded_codes, width)
+        partial = (z.new_zeros if how.split_all else z.new_empty)(shape, dtype=torch.float32)
         compiled = [
             _code_sweep_kernel[(blocks, splits, heads)](
                 *(z, *prepared, temperature, row_state),
@@ -158,8 +164,12 @@ def _code_sweep_kernel(
     # Σ_n over this range: of e or else p, [CODES]; of p·g and e·z, [CODES, WIDTH]
     column = tl.zeros([CODES], tl.float32)
     sums = tl.zeros([CODES, WIDTH], tl.float32)
+    SUMS: tl.constexpr = row_shift_pointer is not None or values_pointer is not None
+    IN_CHUNKS: tl.constexpr = SPLIT_ALL and SUMS
     begin = split_index.to(tl.int64) * rows_per_split
     end = tl.minimum(begin + rows_per_split, rows)
+    out = (split_index * heads + head) * padded_codes + first
+    sums_pointer = partial_pointer + out * PAD + FIRST
     z_pointer += head * head_stride
     row_state_pointer += head * rows
     if row_shift_pointer is not None:
@@ -168,9 +178,8 @@ def _code_sweep_kernel(
         grad_entropy_pointer += head * rows
     if values_pointer is not None:
         values_pointer += head * values_head_stride
-    for done in tl.range(
-        0, (end - begin).to(tl.int32), ROWS, num_stages=STAGES, disable_licm=PARTS > 1
-    ):
+    length = (end - begin).to(tl.int32)
+    for done in tl.range(0, length, ROWS, num_stages=STAGES, disable_licm=PARTS > 1):
         start = begin + done
         first_row = tile_start(start, rows, ROWS, WHOLE_TILES)
         row = first_row + tl.arange(0, ROWS)
@@ -186,7 +195,9 @@ def _code_sweep_kernel(
         inverse_total = tl.load(row_state_pointer + heads * rows + row, mask=mask, other=0.0)
         # [CODES, ROWS]
         zeros = tl.zeros([CODES, ROWS], tl.float32)
-        product = score_product(code, code_low, z_high, z_low, zeros, SPLIT_CODEBOOK, SPLIT_LATENTS)
+        product = score_product(
+            *(code, code_low, z_high, z_low, zeros, SPLIT_CODEBOOK, SPLIT_LATENTS, True)
+        )
         score = tl.fma(product, (z_scale / unit)[None, :], -half_norm[:, None])
         relative = relative_scores(score, best[None, :], scale, OPERAND)
         p = tl.exp2(relative) * inverse_total[None, :]
@@ -225,9 +236,12 @@ def _code_sweep_kernel(
             )
         elif values_pointer is None:
             column += tl.sum(p, 1)
+        if IN_CHUNKS and (done + ROWS) % CHUNK == 0 and done + ROWS < length:
+            # [CODES, WIDTH]
+            add_rows(sums_pointer, PAD, sums * operand_scale, CODES, WIDTH)
+            sums = tl.zeros([CODES, WIDTH], tl.float32)
 
-    out = (split_index * heads + head) * padded_codes + first
-    if row_shift_pointer is None and values_pointer is None:
+    if not SUMS:
         tl.store(partial_pointer + out + codes, column)
     else:
         column *= -unit
@@ -236,7 +250,7 @@ def _code_sweep_kernel(
         if SPLIT_CODEBOOK:
             low_pointer += first * PAD + FIRST
         store_with_terms(
-            *(partial_pointer + out * PAD + FIRST, PAD, CODES, sums * operand_scale),
+            *(sums_pointer, PAD, CODES, sums * operand_scale),
             *(column, high_pointer, PAD, column, low_pointer, PAD, None, CODES, WIDTH, WIDTH),
-            *(MOVES, MOVES and SPLIT_CODEBOOK),
+            *(MOVES, MOVES and SPLIT_CODEBOOK, IN_CHUNKS),
         )

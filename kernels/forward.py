@@ -19,6 +19,7 @@ from softvq.kernels.primitives import (
     WEIGHT_SCALE,
     add_product,
     relative_scores,
+    rounded_product,
     weights_operand,
 )
 from softvq.kernels.prologue import PreparedCodebook
@@ -128,6 +129,7 @@ def _forward_kernel(
         *(SPLIT_LATENTS, OPERAND, ROWS, DIM, PAD, PARTS),
     )
     best = tl.full([ROWS], LOWEST, tl.float32)
+    reference = tl.full([ROWS], LOWEST, tl.float32)  # best·scale
     # [ROWS, 8], by lane
     total = tl.zeros([ROWS, 8], tl.float32)
     weighted = tl.zeros([ROWS, 8], tl.float32)
@@ -150,9 +152,14 @@ def _forward_kernel(
         best_block = tl.where(tile_best > lane_best, first + block, best_block)
         lane_best = tl.maximum(lane_best, tile_best)
 
-        # [ROWS]
+        # [ROWS]; zero where the best stays: what is left of it would add up from tile to tile
         new_best = tl.max(lane_best, 1)
-        shift = tl.maximum(relative_scores(best, new_best, scale, OPERAND), LOWEST)
+        if OPERAND == tl.float16:
+            shift = tl.maximum((best - new_best) * scale, LOWEST)
+        else:
+            new_reference = rounded_product(new_best, scale)
+            shift = reference - new_reference
+            reference = new_reference
         factor = tl.exp2(shift)
         best = new_best
         # [ROWS, CODES]

@@ -68,6 +68,24 @@ def store_rows(
 
 
 @triton.jit
+def add_rows(
+    pointer: tl.tensor, stride: tl.tensor, x: tl.tensor, ROWS: tl.constexpr, PAD: tl.constexpr
+) -> None:
+    """Add x [ROWS, PAD] to a float32 matrix, a few columns at a time.
+
+    The memory adds, which takes few registers, and in order, for nobody else adds to this.
+    """
+    if PAD > 16:
+        HALF: tl.constexpr = PAD // 2
+        left, right = x.reshape(ROWS, 2, HALF).permute(0, 2, 1).split()
+        add_rows(pointer, stride, left, ROWS, HALF)
+        add_rows(pointer + HALF, stride, right, ROWS, HALF)
+    else:
+        offsets = tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, PAD)[None, :]
+        tl.atomic_add(pointer + offsets, x, sem="relaxed")
+
+
+@triton.jit
 def load_columns(
     pointer: tl.tensor,
     offsets: tl.tensor,
@@ -173,9 +191,10 @@ def store_with_terms(
     PAD: tl.constexpr,
     WITH_A: tl.constexpr,
     WITH_B: tl.constexpr,
+    ADD: tl.constexpr = False,
 ) -> None:
-    """`store_rows` of x + a_factor·(a − mean) + b_factor·(b − mean), each term only if it is WITH:
-    matrices like x, a and b in memory; the factors [ROWS].
+    """`store_rows`, or with ADD `add_rows`, of x + a_factor·(a − mean) + b_factor·(b − mean), each
+    term only if it is WITH: matrices like x, a and b in memory; the factors [ROWS].
 
     Half the columns after the other, and one matrix: there are no registers for all at a time.
     """
@@ -184,7 +203,7 @@ def store_with_terms(
         left, right = x.reshape(ROWS, 2, HALF).permute(0, 2, 1).split()
         store_with_terms(
             *(pointer, stride, rows_left, left, a_factor, a_pointer, a_stride),
-            *(b_factor, b_pointer, b_stride, mean_pointer, ROWS, DIM, HALF, WITH_A, WITH_B),
+            *(b_factor, b_pointer, b_stride, mean_pointer, ROWS, DIM, HALF, WITH_A, WITH_B, ADD),
         )
         tl.debug_barrier()
         if WITH_A:
@@ -195,7 +214,8 @@ def store_with_terms(
             mean_pointer += HALF
         store_with_terms(
             *(pointer + HALF, stride, rows_left, right, a_factor, a_pointer, a_stride),
-            *(b_factor, b_pointer, b_stride, mean_pointer, ROWS, DIM - HALF, HALF, WITH_A, WITH_B),
+            *(b_factor, b_pointer, b_stride, mean_pointer),
+            *(ROWS, DIM - HALF, HALF, WITH_A, WITH_B, ADD),
         )
     else:
         if WITH_A:
@@ -212,4 +232,7 @@ def store_with_terms(
             if mean_pointer is not None:
                 b -= load_mean(mean_pointer, PAD, LAST=True)
             x += b_factor[:, None] * b
-        store_rows(pointer, stride, rows_left, x, ROWS, DIM, PAD)
+        if ADD:
+            add_rows(pointer, stride, x, ROWS, PAD)
+        else:
+            store_rows(pointer, stride, rows_left, x, ROWS, DIM, PAD)

@@ -128,13 +128,21 @@ def score_product(
     accumulator: tl.tensor,
     SPLIT_A: tl.constexpr,
     SPLIT_B: tl.constexpr,
+    B_FIRST: tl.constexpr = False,
 ) -> tl.tensor:
-    """`split_dot` of a and bᵀ, which are given part by part; the small terms of all parts first."""
+    """`split_dot` of a and bᵀ, which are given part by part; the small terms of all parts first.
+
+    Of those, a's come first, or b's: the order of scores is that of the latents, then the codes, in
+    every kernel, for a matrix unit rounds another order otherwise.
+    """
     PARTS: tl.constexpr = len(a)
+    if SPLIT_B and B_FIRST:
+        for part in tl.static_range(PARTS):
+            accumulator = dot(a[part], b_low[part].T, accumulator)
     if SPLIT_A:
         for part in tl.static_range(PARTS):
             accumulator = dot(a_low[part], b[part].T, accumulator)
-    if SPLIT_B:
+    if SPLIT_B and not B_FIRST:
         for part in tl.static_range(PARTS):
             accumulator = dot(a[part], b_low[part].T, accumulator)
     for part in tl.static_range(PARTS):

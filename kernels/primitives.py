@@ -6,6 +6,7 @@ multiplies bfloat16 bit patterns as integers. `round_to` and `dot` give it the c
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 INTERPRETING = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -127,6 +128,14 @@ def weights_operand(
     if DTYPE == tl.float16:
         x *= factor
     return as_operand(x, SPLIT, DTYPE)
+
+
+@triton.jit
+def rounded_product(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """a·b as a float32, also where a sum follows that the compiler would fuse it with."""
+    if INTERPRETING:
+        return a * b
+    return libdevice.mul_rn(a, b)
 
 
 @triton.jit

@@ -91,7 +91,7 @@ _BLACKWELL: Table = _HOPPER | {
     ),
     ("row_gradients, all", "split"): (Tile(64, 64, 4, 1), Tile(64, 32, 8), Tile(64, 64, 8, 1, 2)),
     ("code_sweep", "mixed"): (Tile(128, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
-    ("code_sweep", "split"): (Tile(64, 128, 8), Tile(32, 128, 8, 1), Tile(64, 128, 8, 1, 2)),
+    ("code_sweep", "split"): (Tile(64, 128, 8, 1), Tile(32, 128, 8, 1), Tile(64, 128, 8, 1, 2)),
     ("code_sweep, all", "mixed"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
     ("code_sweep, all", "split"): (
         Tile(32, 128, 8, 1),
@@ -129,12 +129,12 @@ _AMPERE: Table = {
     ("code_sweep", "mixed"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(32, 32, 4, 1, 2)),
     ("code_sweep", "converted"): (Tile(32, 128, 8), Tile(32, 128, 8), Tile(32, 32, 4, 1, 2)),
     ("code_sweep", "high"): (Tile(32, 128, 8), Tile(16, 16, 1), Tile(16, 16, 2, 1, 2)),
-    ("code_sweep", "split"): (Tile(32, 128, 8), Tile(16, 128, 8, 1), Tile(16, 16, 4, 1, 2)),
+    ("code_sweep", "split"): (Tile(16, 128, 8), Tile(16, 128, 8), Tile(16, 16, 4, 1, 2)),
     ("code_sweep, all", "bfloat16"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(32, 32, 4, 1, 2)),
     ("code_sweep, all", "mixed"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(32, 32, 4, 1, 2)),
     ("code_sweep, all", "converted"): (Tile(32, 128, 8), Tile(32, 128, 8), Tile(32, 32, 4, 1, 2)),
     ("code_sweep, all", "high"): (Tile(32, 128, 8), Tile(16, 16, 1), Tile(16, 16, 2, 1, 2)),
-    ("code_sweep, all", "split"): (Tile(32, 128, 8), Tile(16, 128, 8, 1), Tile(16, 16, 4, 1, 2)),
+    ("code_sweep, all", "split"): (Tile(16, 128, 8), Tile(16, 128, 8), Tile(16, 16, 4, 1, 2)),
     ("nearest", "converted"): (Tile(128, 64, 8), Tile(128, 64, 8), Tile(64, 64, 4)),
     ("nearest", "split"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 64, 4, 1)),
 }

@@ -9,7 +9,7 @@ _PARAMETER = re.compile(r"\.param\b[^,)]*?(\w+)\s*[,\n]")
 # A vector in braces, an address in brackets, or anything else up to a comma.
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
 _FLOAT = re.compile(r"^0[fFdD]([0-9A-Fa-f]+)$")
-_INTEGER = re.compile(r"^-?(0x[0-9A-Fa-f]+|\d+)$")
+_INTEGER = re.compile(r"^(-?(?:0x[0-9A-Fa-f]+|\d+))U?$")
 
 
 class Address(NamedTuple):
@@ -92,4 +92,5 @@ def _operand(text: str) -> Operand:
         return Address(base, int(offset or "0", 0))
     if match := _FLOAT.match(text):
         return int(match[1], 16)
-    return int(text, 0) if _INTEGER.match(text) else text
+    match = _INTEGER.match(text)
+    return int(match[1], 0) if match else text

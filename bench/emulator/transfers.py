@@ -81,6 +81,20 @@ def _store(m: Machine, i: Instruction) -> None:
     memory.store(*what, numbers)
 
 
+def _add(m: Machine, i: Instruction) -> None:
+    """red and atom of float32 sums in global memory, whose old value nobody reads."""
+    *_, target, source = i.operands
+    values = [m.get(x, "f32") for x in (source if isinstance(source, tuple) else (source,))]
+    if "add" not in i.name or i.type != "f32":
+        raise Fault("another atomic operation")
+    address, mask = address_of(m, target, "u64"), m.mask(i)
+    if len(np.unique(address[mask])) < mask.sum():
+        raise Fault("threads add to one number in no order")
+    before = m.launch.memory.load(address, mask, 4, len(values))
+    after = [old.view(np.float32) + new for old, new in zip(before, values, strict=True)]
+    m.launch.memory.store(address, mask, 4, [x.view(np.uint32) for x in after])
+
+
 def _copy(m: Machine, i: Instruction) -> None:
     if "commit_group" in i.name:
         m.copies.commit()
@@ -143,6 +157,8 @@ def _no_policy(m: Machine, i: Instruction) -> None:
 HANDLERS = {
     "ld": _load,
     "st": _store,
+    "red": _add,
+    "atom": _add,
     "cp": _copy,
     "shfl": _shuffle,
     "ldmatrix": _load_matrix,
