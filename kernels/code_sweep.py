@@ -6,8 +6,8 @@ added in a fixed order. The scores are computed transposed, codes by rows: the w
 left operand of the second product as they leave the registers.
 
 A matrix unit cuts off what a sum has more than a float32, and so shrinks it a little with every
-product. Gradients of 22 bits do not stand that for long: after CHUNK rows what has come together is
-added to the partial sum in memory, and rounded there.
+product. Gradients of 22 bits do not stand that for long: after a chunk of rows what has come
+together is added to the partial sum in memory, and rounded there.
 """
 
 import torch
@@ -31,7 +31,7 @@ from softvq.kernels.prologue import PreparedCodebook
 
 # At most, unless one partial sum alone is larger.
 PARTIAL_BYTES = 7 * 2**20
-CHUNK = tl.constexpr(128)
+_CHUNK = 128  # rows; a multiple of the tiles'
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
@@ -65,13 +65,15 @@ def launch(
         # In whole tiles, so that only the last range ends inside one.
         rows_per_split = triton.cdiv(triton.cdiv(rows, tile.rows), splits) * tile.rows
         shape = (splits, heads, padded_codes, width)
-        partial = (z.new_zeros if how.split_all else z.new_empty)(shape, dtype=torch.float32)
+        chunk = _CHUNK if how.split_all and width > 1 else 0
+        partial = (z.new_zeros if chunk else z.new_empty)(shape, dtype=torch.float32)
         compiled = [
             _code_sweep_kernel[(blocks, splits, heads)](
                 *(z, *prepared, temperature, row_state),
                 *(values, grad_entropy, code_gradient, row_shift, largest, partial),
                 *(*z.stride()[:2], *strides, rows, rows_per_split, padded_codes),
                 **tiles.constants(tile, part, how, z),
+                CHUNK=chunk,
             )
             for part in range(min(width, tile.parts))
         ]
@@ -127,6 +129,7 @@ def _code_sweep_kernel(
     ROWS: tl.constexpr,
     CODES: tl.constexpr,
     STAGES: tl.constexpr,
+    CHUNK: tl.constexpr,  # rows, or 0 for no chunks
 ):
     """One program: CODES codes of one head against one range of rows."""
     first = tl.program_id(0) * CODES
@@ -164,8 +167,6 @@ def _code_sweep_kernel(
     # Σ_n over this range: of e or else p, [CODES]; of p·g and e·z, [CODES, WIDTH]
     column = tl.zeros([CODES], tl.float32)
     sums = tl.zeros([CODES, WIDTH], tl.float32)
-    SUMS: tl.constexpr = row_shift_pointer is not None or values_pointer is not None
-    IN_CHUNKS: tl.constexpr = SPLIT_ALL and SUMS
     begin = split_index.to(tl.int64) * rows_per_split
     end = tl.minimum(begin + rows_per_split, rows)
     out = (split_index * heads + head) * padded_codes + first
@@ -236,12 +237,12 @@ def _code_sweep_kernel(
             )
         elif values_pointer is None:
             column += tl.sum(p, 1)
-        if IN_CHUNKS and (done + ROWS) % CHUNK == 0 and done + ROWS < length:
+        if CHUNK > 0 and (done + ROWS) % CHUNK == 0 and done + ROWS < length:
             # [CODES, WIDTH]
             add_rows(sums_pointer, PAD, sums * operand_scale, CODES, WIDTH)
             sums = tl.zeros([CODES, WIDTH], tl.float32)
 
-    if not SUMS:
+    if row_shift_pointer is None and values_pointer is None:
         tl.store(partial_pointer + out + codes, column)
     else:
         column *= -unit
@@ -252,5 +253,5 @@ def _code_sweep_kernel(
         store_with_terms(
             *(sums_pointer, PAD, CODES, sums * operand_scale),
             *(column, high_pointer, PAD, column, low_pointer, PAD, None, CODES, WIDTH, WIDTH),
-            *(MOVES, MOVES and SPLIT_CODEBOOK, IN_CHUNKS),
+            *(MOVES, MOVES and SPLIT_CODEBOOK, CHUNK > 0),
         )
