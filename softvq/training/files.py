@@ -55,10 +55,14 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(condemned)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a killed process left half-written in the folder, or half-removed."""
-    for path in folder.glob(".*.tmp"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def half_done(folder: Path, name: str) -> Iterator[Path]:
+    """What a killed process left half-written, or half-removed, of names that match a pattern."""
+    return folder.glob(f".{name.rstrip('*')}*.tmp")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

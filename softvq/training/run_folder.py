@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,16 @@ from torch import Tensor, nn
 
 from softvq.training.build import build_model
 from softvq.training.config import TrainConfig, read_config
-from softvq.training.files import sweep, write_text
+from softvq.training.files import half_done, remove, write_text
+
+# What a run leaves in its folder, as patterns below it. Nothing else there is ever removed.
+OWN = (
+    *("config.toml", "metrics.jsonl", "model.safetensors", "summary.json", "report.html"),
+    *("trace.json", "eval-train.json", "eval-validation.json", "eval-test.json"),
+    *("reconstructions.png", "samples.png", "codebook_usage.png"),
+    *("codebook_usage_top.png", "codebook_usage_bottom.png"),
+    *("checkpoints/step-*", "tensorboard/events.*"),
+)
 
 
 class RunError(Exception):
@@ -46,28 +54,43 @@ class RunFolder:
 
     def check(self, overwrite: bool) -> None:
         """Raise RunError unless a new run can be written here; what is there stays untouched."""
-        if self.config.exists() and not overwrite:
+        if self.config.exists():
+            if not overwrite:
+                raise RunError(
+                    f"{self.path}: already holds a run; continue it with --resume, replace it with "
+                    "--overwrite, or choose another folder with --out"
+                )
+        elif (foreign := self._foreign()) is not None:
             raise RunError(
-                f"{self.path}: already holds a run; continue it with --resume, replace it with "
-                "--overwrite, or choose another folder with --out"
+                f"{self.path}: holds no run but other files, such as {foreign.name}; choose an "
+                "empty or a new folder with --out"
             )
 
     def sweep(self) -> None:
         """Remove what a killed process left half-done."""
-        for folder in (self.path, self.checkpoints):
-            sweep(folder)
+        for path in self._half_done():
+            remove(path)
 
     def create(self, config: TrainConfig) -> None:
         """Begin a new run: remove an old one's files and write the configuration."""
-        files = (self.config, self.metrics, self.model, self.summary, self.report, self.trace)
-        for path in files:
-            path.unlink(missing_ok=True)
-        for path in (*self.path.glob("*.png"), *self.path.glob("eval-*.json")):
-            path.unlink()
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        shutil.rmtree(self.events, ignore_errors=True)
-        self.checkpoints.mkdir()
+        for path in self._own():
+            remove(path)
+        self.checkpoints.mkdir(exist_ok=True)
         write_text(self.config, config.to_toml())
+
+    def _own(self) -> list[Path]:
+        return [path for pattern in OWN for path in self.path.glob(pattern)]
+
+    def _half_done(self) -> list[Path]:
+        patterns = [Path(pattern) for pattern in OWN]
+        return [path for p in patterns for path in half_done(self.path / p.parent, p.name)]
+
+    def _foreign(self) -> Path | None:
+        """Something here that no run leaves, or None."""
+        folders = (self.path, self.checkpoints, self.events)
+        known = {*self._own(), *self._half_done(), *folders, self.path / ".lock"}
+        here = (path for folder in folders if folder.is_dir() for path in folder.iterdir())
+        return next((path for path in here if path not in known), None)
 
     def has_checkpoint(self) -> bool:
         """Whether there is something to resume from."""
