@@ -25,7 +25,7 @@ from softvq.training.settings import ConfigError, describe_default, value_types
 from softvq.training.trainer import train
 
 # settings that a resumed run may have otherwise
-CHANGEABLE = ("device", "on_nan", "stream", "workers", "on_bad_image")
+CHANGEABLE = ("device", "on_nan", "data_dir", "stream", "workers", "on_bad_image", "tokenizer")
 
 
 class Parser(argparse.ArgumentParser):
@@ -99,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluation = add("eval", "measure a run's model over a whole split", eval_command)
     evaluation.add_argument("run", type=Path)
     evaluation.add_argument("--split", choices=SPLITS, default="test", help="default: test")
+    evaluation.add_argument("--data-dir", type=Path, help="where the data are; default: as trained")
     pictures = add("reconstruct", "reconstruct pictures with a run's model", reconstruct_command)
     pictures.add_argument("run", type=Path)
     pictures.add_argument("images", type=Path, nargs="+", help="picture files or folders of them")
@@ -210,7 +211,8 @@ def resumed_config(run: RunFolder, given: dict[str, Any]) -> TrainConfig:
 
 def eval_command(options: argparse.Namespace) -> int:
     """softvq eval."""
-    for name, value in evaluate_run(RunFolder(options.run), options.split).items():
+    values = evaluate_run(RunFolder(options.run), options.split, options.data_dir)
+    for name, value in values.items():
         print(f"{name:34} {value:.6g}")
     return 0
 

@@ -25,7 +25,7 @@ class Share(NamedTuple):
 class Entry(NamedTuple):
     """A picture that was found."""
 
-    name: str  # the path of its file, or its name in the shard
+    name: str  # the path of its file below the folder, or its name in the shard
     offset: int  # in the shard, of its `size` bytes
     size: int
     label: str | None  # the name of its class
@@ -50,8 +50,8 @@ def look_at(share: Share) -> list[Entry]:
         return _members(share.shard)
     entries = []
     for path in share.files:
-        label = _first_folder(path.relative_to(share.folder).parts)
-        entries.append(Entry(str(path), 0, 0, label, *_header(path)))
+        name = path.relative_to(share.folder)
+        entries.append(Entry(str(name), 0, 0, _first_folder(name.parts), *_header(path)))
     return entries
 
 

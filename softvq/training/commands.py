@@ -22,6 +22,7 @@ from softvq.training.codes import (
 from softvq.training.config import PRIOR, torch_device
 from softvq.training.evaluation import BATCH, evaluate, to_pixels
 from softvq.training.files import write_text
+from softvq.training.origin import check_data
 from softvq.training.pictures import save_rows
 from softvq.training.prior import decoded_samples, prior_metrics
 from softvq.training.run_folder import RunError, RunFolder
@@ -29,19 +30,26 @@ from softvq.training.settings import ConfigError
 from softvq.training.showing import PER_ROW, even_labels, reconstruction_rows, sampled_rows
 
 
-def evaluate_run(run: RunFolder, split: str) -> dict[str, float]:
-    """Metrics of the run's model over one split of its data; also left in RUN/eval-SPLIT.json."""
-    config = run.read_config()
+def evaluate_run(run: RunFolder, split: str, data_dir: Path | None = None) -> dict[str, float]:
+    """Metrics of the run's model over one split of its data; also left in RUN/eval-SPLIT.json.
+
+    data_dir: where the data are now.
+    """
     device = torch_device()
     model = run.load_model(device)
+    source = run  # of the images
     if isinstance(model, CodePrior):
-        source = RunFolder(config.tokenizer)
+        source = RunFolder(run.read_config().tokenizer)
         check_prior(run, source)
-        tokenizer, images = load_tokenizer(source, device), build_data(source.read_config())
+    moved = {} if data_dir is None else {"data_dir": data_dir}
+    images = build_data(dataclasses.replace(source.read_config(), **moved))
+    check_data(run, model, images)
+    if isinstance(model, CodePrior):
+        tokenizer = load_tokenizer(source, device)
         codes = encode_splits(tokenizer, images, device)
         values = prior_metrics(model, tokenizer, images, codes, split, device)
     else:
-        values = evaluate(model, getattr(build_data(config), split), device).values
+        values = evaluate(model, getattr(images, split), device).values
     write_text(run.path / f"eval-{split}.json", json.dumps(values, indent=2) + "\n")
     return values
 
@@ -70,6 +78,8 @@ def encode(run: RunFolder, data: str | None, data_dir: Path | None, out: Path) -
     changes = {} if data is None else {"data": data, "data_dir": None, **dict.fromkeys(OF_FOLDERS)}
     changes |= {} if data_dir is None else {"data_dir": data_dir}
     splits = build_data(dataclasses.replace(config, **changes))
+    if data is None:
+        check_data(run, model, splits)
     if splits.image_shape != model.image_shape:
         raise DataError(
             f"{data or config.data}: images of shape {splits.image_shape}, but the model is for "
@@ -132,7 +142,7 @@ def sample(
             raise RunError(f"{run.path}: model {run.read_config().model} has no codes for a prior")
         if temperature is not None:
             raise ConfigError(f"temperature: {temperature} is that of a prior, and there is none")
-        drawn, classes = model.sample, model.classes
+        drawn, classes, shape = model.sample, model.classes, run.read_shape()
     else:
         if prior is None:
             raise RunError(
@@ -142,7 +152,8 @@ def sample(
         check_prior(prior, run)
         codes = prior.load_model(device)
         drawn, classes = decoded_samples(codes, model, temperature or 1.0), codes.classes
-    names = build_data(run.read_config()).class_names if classes else ()
+        shape = prior.read_shape()
+    names = shape["class_names"] if classes else ()
     torch.manual_seed(seed)
     labels = even_labels(count, classes, device)
     if class_name is not None:

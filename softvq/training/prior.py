@@ -51,7 +51,9 @@ class PriorTask:
         self.shape = {
             "levels": self.data.levels,
             "classes": len(images.class_names) if labelled else 0,
+            "class_names": images.class_names,
             "tokenizer": fingerprint,
+            "data": images.fingerprint,
         }
         self.model = build_model(config, self.shape).to(device)
         self.steering = Steering()

@@ -76,6 +76,10 @@ class RunFolder:
         for path in self._own():
             remove(path)
         self.checkpoints.mkdir(exist_ok=True)
+        self.write_config(config)
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Keep the settings that the run goes on with."""
         write_text(self.config, config.to_toml())
 
     def _own(self) -> list[Path]:
@@ -125,7 +129,7 @@ class RunFolder:
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
     def read_shape(self) -> dict[str, Any]:
-        """What `model_bytes` was told of the data. Raises RunError."""
+        """What `model_bytes` was told of the data: a task's shape. Raises RunError."""
         with self._weights() as file:
             return _shape_in(file)
 

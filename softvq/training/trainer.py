@@ -13,8 +13,7 @@ from softvq import metrics
 from softvq.training import ranks
 from softvq.training.advice import memory_advice, warn_of_collapse
 from softvq.training.checkpoint import Progress, Stateful, load_checkpoint, sha256
-from softvq.training.codes import check_prior
-from softvq.training.config import PRIOR, TrainConfig
+from softvq.training.config import TrainConfig
 from softvq.training.engine import Engine
 from softvq.training.finish import finish
 from softvq.training.guards import TrainingError
@@ -22,6 +21,7 @@ from softvq.training.load import load_task
 from softvq.training.lock import locked
 from softvq.training.memory import peak_memory
 from softvq.training.optimizer import build_optimizer, set_learning_rates
+from softvq.training.origin import Origin
 from softvq.training.outbox import Outbox
 from softvq.training.progress import Display
 from softvq.training.resume import resume_run
@@ -43,7 +43,8 @@ def train(
 ) -> bool:
     """Train into the run folder `out`; True when finished, False when stopped by a signal.
 
-    With `resume`, `config` must be the run's own. profile: steps to write a trace of, trace.json.
+    With `resume`, `config` must be the run's own, but for where things lie and how they are done;
+    it is kept. profile: steps to write a trace of, trace.json.
     tensorboard: also write event files. Under torchrun all ranks train together, and the first one
     writes. Raises DataError, ConfigError, RunError and TrainingError, each before anything is lost.
     """
@@ -53,8 +54,6 @@ def train(
         check_tensorboard()
     with locked(out) if writes else nullcontext(), memory_advice(config):
         with ranks.joined(config.device) as device:
-            if resume and config.model in PRIOR and run.model.exists():
-                check_prior(run, RunFolder(config.tokenizer))
             if writes:
                 if not resume:
                     run.check(overwrite)
@@ -66,6 +65,8 @@ def train(
             trainer = Trainer(config, run, task, device, quiet=quiet, profile=profile, board=board)
             if resume:
                 trainer.resume()
+                if writes:
+                    run.write_config(config)
             finished = trainer.run_to_the_end()
         if finished and writes:
             trainer.finish()
@@ -103,6 +104,7 @@ class Trainer:
     def parts(self) -> dict[str, Stateful]:
         """What a checkpoint holds besides the progress and the random state."""
         return {
+            "origin": Origin(self.run.path, self.task.shape),  # before what may not fit it
             "model": self.model,
             "steering": self.task.steering,
             "optimizer": self.optimizer,
