@@ -12,6 +12,7 @@ import torch
 
 import softvq
 from softvq.data import DataError
+from softvq.training.advice import is_out_of_memory
 from softvq.training.codes import SPLITS
 from softvq.training.commands import decode, encode, evaluate_run, reconstruct, sample
 from softvq.training.config import MODELS, TrainConfig, read_config
@@ -26,6 +27,9 @@ from softvq.training.trainer import train
 
 # settings that a resumed run may have otherwise
 CHANGEABLE = ("device", "on_nan", "data_dir", "stream", "workers", "on_bad_image", "tokenizer")
+
+# what helps a command that takes as few images at once as it can
+OUT_OF_MEMORY = "close other programs, or use a machine or a GPU that has more"
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,6 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.parser.error(f"{error.filename}: {error.strerror}")
     except TrainingError as error:
         print(f"{options.parser.prog}: {error}", file=sys.stderr)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"{options.parser.prog}: out of memory; {OUT_OF_MEMORY}", file=sys.stderr)
         return 1
 
 

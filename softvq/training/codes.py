@@ -14,7 +14,7 @@ from torch import Tensor
 from softvq.data import DataError, DataSplits
 from softvq.models import LEVEL, CodeLevel, ImageModel
 from softvq.training.config import CONTINUOUS, PRIOR
-from softvq.training.evaluation import BATCH, to_pixels
+from softvq.training.evaluation import batch_size, to_pixels
 from softvq.training.files import replacing
 from softvq.training.run_folder import RunError, RunFolder
 
@@ -66,10 +66,10 @@ def load_tokenizer(run: RunFolder, device: torch.device) -> ImageModel:
 @torch.no_grad()
 def encode_splits(model: ImageModel, data: DataSplits, device: torch.device) -> CodeSplits:
     """The nearest codes of every image."""
-    sets = []
+    sets, size = [], batch_size(data.image_shape)
     for split in data[:3]:
         batches = []
-        for images, labels in split.load(torch.arange(len(split)).split(BATCH), device):
+        for images, labels in split.load(torch.arange(len(split)).split(size), device):
             codes = model.encode_indices(to_pixels(images, device))
             codes = {name: grid.int().cpu() for name, grid in codes.items()}
             batches.append((codes, labels.cpu()))

@@ -20,7 +20,7 @@ from softvq.training.codes import (
     write_codes,
 )
 from softvq.training.config import PRIOR, torch_device
-from softvq.training.evaluation import BATCH, evaluate, to_pixels
+from softvq.training.evaluation import batch_size, evaluate, to_pixels
 from softvq.training.files import write_text
 from softvq.training.origin import check_data
 from softvq.training.pictures import save_rows
@@ -96,9 +96,9 @@ def decode(run: RunFolder, codes: Path, split: str, out: Path) -> Path:
     model = load_tokenizer(run, device)
     indices = read_codes(codes, split, model.levels)
     out.mkdir(parents=True, exist_ok=True)
-    total = len(next(iter(indices.values())))
-    for start in range(0, total, BATCH):
-        batch = {name: grid[start : start + BATCH].to(device) for name, grid in indices.items()}
+    total, size = len(next(iter(indices.values()))), batch_size(model.image_shape)
+    for start in range(0, total, size):
+        batch = {name: grid[start : start + size].to(device) for name, grid in indices.items()}
         images = model.decode_indices(batch)
         pixels = images.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         for number, image in enumerate(pixels, start):
@@ -161,5 +161,5 @@ def sample(
             known = f"not one of {', '.join(names)}" if names else "not known: the model has none"
             raise ConfigError(f"class: {class_name!r} is {known}")
         labels = torch.full_like(labels, names.index(class_name))
-    save_rows(out, sampled_rows(drawn, labels, names))
+    save_rows(out, sampled_rows(drawn, labels, names, model.image_shape))
     return out

@@ -151,7 +151,8 @@ class Trainer:
 
     def finish(self) -> None:
         """The test split, pictures and report of the best weights."""
-        test = finish(self.config, self.run, self.task, self.progress, self.device, self.ranks)
+        with memory_advice(self.config, of_batch=False):
+            test = finish(self.config, self.run, self.task, self.progress, self.device, self.ranks)
         if self.board:
             self.board.write(self.progress.step, "test", test)
             self.board.close()
@@ -203,7 +204,8 @@ class Trainer:
 
     def _validate(self) -> None:
         """Metrics of the validation split; the best weights so far become the run's model."""
-        values = self.task.evaluate("validation")
+        with memory_advice(self.config, of_batch=False):
+            values = self.task.evaluate("validation")
         self._write("validation", values)
         if self.board:
             self.board.show(self.progress.step, self.task.rows())
