@@ -14,6 +14,7 @@ from softvq.quantizers import EMAVQ, VQ, GumbelVQ
 from softvq.training import images
 from softvq.training.build import build_quantizer
 from softvq.training.checkpoint import read_checkpoint
+from softvq.training.commands import evaluate_run
 from softvq.training.config import CONTINUOUS, IMAGES, MODELS, QUANTISED, TrainConfig
 from softvq.training.optimizer import build_optimizer
 from softvq.training.run_folder import RunFolder, read_metrics
@@ -113,7 +114,10 @@ def test_the_best_model_is_the_one_of_the_judging_metric(model, tiny_runs, tmp_p
 
     monkeypatch.setattr(images.ImageTask, "evaluate", staged)
     assert train(config_of(tiny_runs(model), evaluate_every=4), run, quiet=True)
-    assert json.loads((run / "summary.json").read_text())["best_step"] == 4
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["best_step"] == 4
+    assert summary["test"] == pytest.approx(evaluate_run(RunFolder(run), "test"), rel=1e-5)
+    (run / "eval-test.json").unlink()
     assert {path.name for path in (run / "checkpoints").iterdir()} == {
         "step-4",
         "step-8",
