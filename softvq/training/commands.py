@@ -55,18 +55,21 @@ def evaluate_run(run: RunFolder, split: str, data_dir: Path | None = None) -> di
 
 
 def reconstruct(run: RunFolder, sources: Sequence[Path], out: Path) -> list[Path]:
-    """Pictures of the model's reconstructions of image files, PER_ROW to a picture, in `out`."""
+    """Pictures of the model's reconstructions of image files, PER_ROW to a picture, in `out`.
+
+    The images are brought to one size where those of the training were.
+    """
     config, device = run.read_config(), torch_device()
     if config.model in (*PRIOR, "cvae"):
         needs = "codes, not images" if config.model in PRIOR else "the class of each image"
         raise RunError(f"{run.path}: a {config.model} needs {needs}; it cannot reconstruct files")
     model = run.load_model(device)
     paths = [p for s in sources for p in (find_images(s) if s.is_dir() else [s])]
-    images = to_pixels(load_images(paths, model.image_shape), device)
+    images = load_images(paths, model.image_shape, fitted=config.image_size is not None)
     out.mkdir(parents=True, exist_ok=True)
     pages = [out / f"reconstructions-{n}.png" for n in range(-(-len(images) // PER_ROW))]
     for page, batch in zip(pages, images.split(PER_ROW), strict=True):
-        save_rows(page, reconstruction_rows(model, batch, None))
+        save_rows(page, reconstruction_rows(model, to_pixels(batch, device), None))
     return pages
 
 

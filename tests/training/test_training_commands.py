@@ -14,9 +14,11 @@ from softvq.models import LEVEL, CodeLevel
 from softvq.training import commands
 from softvq.training.codes import SPLITS, read_codes
 from softvq.training.commands import decode, encode, evaluate_run, reconstruct, sample
+from softvq.training.config import TrainConfig
 from softvq.training.pictures import save_rows
 from softvq.training.run_folder import RunError, RunFolder
 from softvq.training.settings import ConfigError
+from softvq.training.trainer import train
 
 
 @pytest.fixture
@@ -186,6 +188,22 @@ def test_reconstruct_names_an_image_of_another_size(run, tmp_path):
     with pytest.raises(DataError, match=r"0\.png: 9x8 pixels, expected 8x8"):
         reconstruct(run, [folder], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_reconstruct_fits_images_as_training_did(saved_rows, tmp_path):
+    folder = pictures(tmp_path / "pictures", (12, 17), mode="RGB")
+    config = TrainConfig(
+        data="folder", data_dir=folder, image_size="8", steps=1, batch_size=4, width=2, workers=0
+    )
+    assert train(config, tmp_path / "run", quiet=True)
+    paths = sorted(folder.iterdir())
+    reconstruct(RunFolder(tmp_path / "run"), paths, tmp_path / "out")
+    ((_, inputs), *_) = saved_rows
+    splits = load_data("folder", folder, image_size=(8, 8))
+    trained = torch.cat([split.images for split in splits[:3]])
+    assert len(inputs) == len(trained) == 10
+    found = {tuple(image.flatten().tolist()) for image in inputs.mul(255).round().byte()}
+    assert found == {tuple(image.flatten().tolist()) for image in trained}
 
 
 def save(**arrays):
