@@ -168,6 +168,10 @@ def test_the_command_itself(arguments, capsys):
         (("--latent-grid", "9x2"), "latent_grid: latent grid 9x2 must lie between 1x1 and "),
         (("--data", "folder"), "folder: needs the folder of the images; give it with --data-dir"),
         (("--data", "folder", "--data-dir", "gone"), "gone: no such folder"),
+        (
+            ("--data-dir", "pictures"),
+            "data_dir: pictures does not apply to data digits, which have no folder; give --data ",
+        ),
         (("--config", "gone.toml"), "gone.toml: cannot read the configuration"),
         (("--resume",), "--resume needs the run folder: --out RUN"),
         (("--resume", "--out", "gone"), "gone: no run there (no config.toml)"),
@@ -373,6 +377,11 @@ def test_a_model_file_of_something_else(run, capsys):
             ("encode", "RUN", "--data", "folder", "--data-dir", "9x8", "-o", "codes.npz"),
             "folder: images of shape (1, 8, 9), but the model is for (1, 8, 8)",
         ),
+        (
+            ("encode", "RUN", "--data-dir", "8x8", "-o", "codes.npz"),
+            "data_dir: 8x8 does not apply to data digits",
+        ),
+        (("eval", "RUN", "--data-dir", "8x8"), "data_dir: 8x8 does not apply to data digits"),
         (("decode", "RUN", "gone.npz", "-o", "decoded"), "gone.npz: cannot read codes ("),
         (("decode", "RUN", "text.png", "-o", "decoded"), "text.png: cannot read codes ("),
     ],
