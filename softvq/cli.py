@@ -15,7 +15,7 @@ from softvq.data import DataError
 from softvq.training.advice import is_out_of_memory
 from softvq.training.codes import SPLITS
 from softvq.training.commands import decode, encode, evaluate_run, reconstruct, sample
-from softvq.training.config import MODELS, TrainConfig, read_config
+from softvq.training.config import MODELS, TrainConfig, read_config, size_pair
 from softvq.training.guards import TrainingError
 from softvq.training.load import load_task
 from softvq.training.plan import plan
@@ -208,14 +208,26 @@ def resumed_config(run: RunFolder, given: dict[str, Any]) -> TrainConfig:
     """The run's settings, if those given are the same. Raises ConfigError and RunError."""
     config = run.read_config()
     for name, value in given.items():
-        value = value.absolute() if isinstance(value, Path) else value
-        if name not in CHANGEABLE and value != getattr(config, name):
+        if name not in CHANGEABLE and meaning(name, value) != meaning(name, getattr(config, name)):
             raise ConfigError(
                 f"{name}: {value} differs from the run's {getattr(config, name)}; a resumed run "
                 f"keeps its settings (only {', '.join(CHANGEABLE)} may change)"
             )
     changes = {name: given[name] for name in CHANGEABLE if name in given}
     return dataclasses.replace(config, **changes)
+
+
+def meaning(name: str, value: Any) -> Any:
+    """What a setting's value stands for: the same for .5 and 0.5 as text, for 7 and 7x7."""
+    try:
+        match name:
+            case "latent_grid" | "image_size":
+                return size_pair(value)
+            case "temperature" | "temperature_ratio":
+                return float(value)
+    except (AttributeError, TypeError, ValueError):  # left open, auto, or not allowed
+        pass
+    return value
 
 
 def eval_command(options: argparse.Namespace) -> int:

@@ -274,6 +274,22 @@ def test_resume_may_repeat_the_settings(tmp_path):
     assert main(["train", "--resume", "--device", "cpu", "--on-nan", "skip", *same]) == 0
 
 
+def test_resume_compares_values_and_not_their_spelling(tmp_path):
+    first = ("--temperature", ".5", "--temperature-ratio", "0.1", "--latent-grid", "2x2")
+    again = ("--temperature", "0.50", "--temperature-ratio", ".1", "--latent-grid", "2")
+    more = ("--batch-size", "5000", "--out", "run", *FAST)  # more than the 1,293 there are
+    assert main(["train", *first, *more]) == 0
+    assert main(["train", *again, *more, "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("temperature", "0.5"), ("latent-grid", "2x1"), ("latent-grid", "two")]
+)
+def test_resume_refuses_other_values_as_text(option, value, run, capsys):
+    line = refused(capsys, "train", "--resume", "--out", run, f"--{option}", value)
+    assert line.startswith(f"{option.replace('-', '_')}: {value} differs from the run's ")
+
+
 def test_resume_without_a_usable_checkpoint(run, capsys):
     states = sorted((run / "checkpoints").rglob("tensors.safetensors"))
     for state in states:

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import dataclasses
 import signal
 import time
 from collections.abc import Iterator
@@ -58,15 +59,18 @@ def train(
                 if not resume:
                     run.check(overwrite)
                 run.sweep()
+            asked = config.batch_size
             config, task = load_task(config, device, quiet=quiet or not writes)
+            # As given, however few images there are: the same command then resumes the run.
+            kept = dataclasses.replace(config, batch_size=asked)
             if not resume and writes:
-                run.create(config)
+                run.create(kept)
             board = Board(run.events) if tensorboard and writes else None
             trainer = Trainer(config, run, task, device, quiet=quiet, profile=profile, board=board)
             if resume:
                 trainer.resume()
                 if writes:
-                    run.write_config(config)
+                    run.write_config(kept)
             finished = trainer.run_to_the_end()
         if finished and writes:
             trainer.finish()
