@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import difflib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,11 +61,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     try:
-        return options.command(options)
+        status = options.command(options)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt as stop:
+        print(f"{options.parser.prog}: stopped{stop}", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # nobody reads any more; nothing is to be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (ConfigError, DataError, RunError) as error:
         options.parser.error(str(error))
     except OSError as error:
-        options.parser.error(f"{error.filename}: {error.strerror}")
+        place = "" if error.filename is None else f"{error.filename}: "
+        options.parser.error(f"{place}{error.strerror or error}")
     except TrainingError as error:
         print(f"{options.parser.prog}: {error}", file=sys.stderr)
         return 1

@@ -28,10 +28,12 @@ from softvq.training.prior import decoded_samples, prior_metrics
 from softvq.training.run_folder import RunError, RunFolder
 from softvq.training.settings import ConfigError
 from softvq.training.showing import PER_ROW, even_labels, reconstruction_rows, sampled_rows
+from softvq.training.warn import warn
 
 
 def evaluate_run(run: RunFolder, split: str, data_dir: Path | None = None) -> dict[str, float]:
-    """Metrics of the run's model over one split of its data; also left in RUN/eval-SPLIT.json.
+    """Metrics of the run's model over one split of its data; also left in RUN/eval-SPLIT.json,
+    where it can be written.
 
     data_dir: where the data are now.
     """
@@ -50,7 +52,11 @@ def evaluate_run(run: RunFolder, split: str, data_dir: Path | None = None) -> di
         values = prior_metrics(model, tokenizer, images, codes, split, device)
     else:
         values = evaluate(model, getattr(images, split), device).values
-    write_text(run.path / f"eval-{split}.json", json.dumps(values, indent=2) + "\n")
+    path = run.path / f"eval-{split}.json"
+    try:
+        write_text(path, json.dumps(values, indent=2) + "\n")
+    except OSError as error:
+        warn(f"{path}: cannot be written ({error.strerror})")
     return values
 
 

@@ -155,12 +155,23 @@ class Trainer:
 
     def finish(self) -> None:
         """The test split, pictures and report of the best weights."""
-        with memory_advice(self.config, of_batch=False):
+        with memory_advice(self.config, of_batch=False), self._completable():
             test = finish(self.config, self.run, self.task, self.progress, self.device, self.ranks)
         if self.board:
             self.board.write(self.progress.step, "test", test)
             self.board.close()
         self.display.finished(test, self.run.report)
+
+    @contextmanager
+    def _completable(self) -> Iterator[None]:
+        """Say, when Ctrl-C ends the block, that all steps are done."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                " before the end of the test split; complete the run: softvq train --out "
+                f"{self.run.path} --resume"
+            ) from None
 
     def _batches(self) -> Iterator[Batch]:
         """This rank's parts of the batches that are still to come."""
