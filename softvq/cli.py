@@ -148,10 +148,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def count(text: str) -> int:
-    """A whole number above 0. Raises ValueError."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+    """A whole number above 0. Raises ArgumentTypeError."""
+    try:
+        if (number := int(text)) >= 1:
+            return number
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text} is not allowed; it must be at least 1")
 
 
 def data_names() -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import torch
 from softvq import metrics
 from softvq.training import ranks
 from softvq.training.advice import memory_advice, warn_of_collapse
-from softvq.training.checkpoint import Progress, Stateful, load_checkpoint, sha256
+from softvq.training.checkpoint import Progress, Stateful, load_checkpoint, newest_step, sha256
 from softvq.training.config import TrainConfig
 from softvq.training.engine import Engine
 from softvq.training.finish import finish
@@ -29,7 +29,7 @@ from softvq.training.resume import resume_run
 from softvq.training.run_folder import RunFolder, model_bytes
 from softvq.training.task import Batch, Task
 from softvq.training.tensorboard import Board, check_tensorboard
-from softvq.training.trace import traced
+from softvq.training.trace import check_trace, traced
 
 
 def train(
@@ -63,6 +63,8 @@ def train(
             config, task = load_task(config, device, quiet=quiet or not writes)
             # As given, however few images there are: the same command then resumes the run.
             kept = dataclasses.replace(config, batch_size=asked)
+            done = newest_step(run.checkpoints) if resume else 0
+            check_trace(profile, config.steps - done)
             if not resume and writes:
                 run.create(kept)
             board = Board(run.events) if tensorboard and writes else None
