@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from softvq.training.build import build_model
 from softvq.training.config import TrainConfig, read_config
 from softvq.training.files import half_done, remove, write_text
+from softvq.training.history import read_metrics
+from softvq.training.warn import warn
 
 # What a run leaves in its folder, as patterns below it. Nothing else there is ever removed.
 OWN = (
@@ -120,12 +122,11 @@ class RunFolder:
                 raise
 
     def drop_metrics_after(self, step: int) -> None:
-        """Forget the lines a resumed run will write again, and a line torn by a kill."""
-        kept = [
-            line
-            for line in read_metrics(self.metrics)
-            if line["step"] <= step and line["split"] != "test"
-        ]
+        """Forget the lines a resumed run will write again, and lines that cannot be read."""
+        lines, unreadable = read_metrics(self.metrics)
+        if unreadable:
+            warn(f"{self.metrics}: {unreadable} torn lines left out")
+        kept = [line for line in lines if line["step"] <= step and line["split"] != "test"]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
     def read_shape(self) -> dict[str, Any]:
@@ -173,11 +174,3 @@ def model_bytes(state: dict[str, Tensor], shape: dict[str, Any]) -> bytes:
 def _shape_in(file: safe_open) -> dict[str, Any]:
     """The shape of the data in a model.safetensors. Raises TypeError, KeyError, ValueError."""
     return json.loads(file.metadata()["shape"])
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line torn by a kill is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text().split("\n")[:-1]
-    return [json.loads(line) for line in lines]

@@ -16,8 +16,9 @@ from softvq.training.build import build_quantizer
 from softvq.training.checkpoint import read_checkpoint
 from softvq.training.commands import evaluate_run
 from softvq.training.config import CONTINUOUS, IMAGES, MODELS, QUANTISED, TrainConfig
+from softvq.training.history import read_metrics
 from softvq.training.optimizer import build_optimizer
-from softvq.training.run_folder import RunFolder, read_metrics
+from softvq.training.run_folder import RunFolder
 from softvq.training.trainer import train
 
 every_model = pytest.mark.parametrize("model", IMAGES)
@@ -47,7 +48,7 @@ def promised_metrics(model):
 
 
 def lines_of(run, split):
-    return [line for line in read_metrics(run / "metrics.jsonl") if line["split"] == split]
+    return [line for line in read_metrics(run / "metrics.jsonl")[0] if line["split"] == split]
 
 
 def config_of(run, **changes):

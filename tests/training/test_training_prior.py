@@ -14,13 +14,14 @@ from softvq.models import CodePrior
 from softvq.training.codes import encode_splits
 from softvq.training.commands import evaluate_run
 from softvq.training.config import TrainConfig
+from softvq.training.history import read_metrics
 from softvq.training.likelihood import (
     discretised_logistic_log_likelihood,
     fit_scales,
     order0_bits_per_latent,
 )
 from softvq.training.prior import code_metrics, prior_metrics
-from softvq.training.run_folder import RunFolder, read_metrics
+from softvq.training.run_folder import RunFolder
 from softvq.training.trainer import train
 
 CPU = torch.device("cpu")
@@ -31,7 +32,7 @@ every_tokenizer = pytest.mark.parametrize("tokenizer", CODED)
 
 
 def lines_of(run, split):
-    return [line for line in read_metrics(run / "metrics.jsonl") if line["split"] == split]
+    return [line for line in read_metrics(run / "metrics.jsonl")[0] if line["split"] == split]
 
 
 def results_of(run):
