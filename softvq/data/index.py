@@ -85,7 +85,8 @@ def find_pictures(
     shards: list[Path] = []
     problems: dict[str, str] = {}
     found = watch(zip(shares, looked, strict=True), len(shares), "looking at pictures")
-    for (number, share), entries in found:
+    for (number, share), (entries, others) in found:
+        bad.leave_out(_full_name(name, share.folder, share.shard) for name in others)
         if share.shard is not None:
             shards.append(share.shard)
         shard = -1 if share.shard is None else len(shards) - 1
