@@ -89,7 +89,8 @@ def encode(run: RunFolder, data: str | None, data_dir: Path | None, out: Path) -
     splits = build_data(dataclasses.replace(config, **changes))
     if data is None:
         check_data(run, model, splits)
-    if splits.image_shape != model.image_shape:
+    channels, *size = splits.image_shape
+    if size != list(model.image_shape[1:]) or channels > model.image_shape[0]:
         raise DataError(
             f"{data or config.data}: images of shape {splits.image_shape}, but the model is for "
             f"{model.image_shape}"

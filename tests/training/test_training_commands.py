@@ -136,6 +136,18 @@ def test_encode_other_images_of_the_same_shape(run, tmp_path):
         assert sum(len(file[name]) for name in SPLITS) == 10
 
 
+def test_encode_grey_images_with_a_model_of_colour(tmp_path):
+    settings = {"data": "folder", "steps": 1, "batch_size": 4, "width": 2, "workers": 0}
+    config = TrainConfig(data_dir=pictures(tmp_path / "colour", mode="RGB"), **settings)
+    assert train(config, tmp_path / "run", quiet=True)
+    run, grey = RunFolder(tmp_path / "run"), pictures(tmp_path / "grey")
+    with np.load(encode(run, "folder", grey, tmp_path / "codes.npz")) as file:
+        codes = torch.from_numpy(file["train"])
+    images = load_data("folder", grey).train.images.expand(-1, 3, -1, -1) / 255
+    wanted = run.load_model(torch.device("cpu")).encode_indices(images)[LEVEL]
+    assert torch.equal(codes, wanted.int())
+
+
 @pytest.mark.parametrize(("size", "mode"), [((10, 8), "L"), ((8, 8), "RGB")])
 def test_encode_images_of_another_shape(run, tmp_path, size, mode):
     folder = pictures(tmp_path / "pictures", size, mode=mode)
