@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import difflib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +14,10 @@ import torch
 
 import softvq
 from softvq.data import DataError
+from softvq.training.advice import is_out_of_memory
 from softvq.training.codes import SPLITS
 from softvq.training.commands import decode, encode, evaluate_run, reconstruct, sample
-from softvq.training.config import MODELS, TrainConfig, read_config
+from softvq.training.config import MODELS, TrainConfig, read_config, size_pair
 from softvq.training.guards import TrainingError
 from softvq.training.load import load_task
 from softvq.training.plan import plan
@@ -25,7 +28,10 @@ from softvq.training.settings import ConfigError, describe_default, value_types
 from softvq.training.trainer import train
 
 # settings that a resumed run may have otherwise
-CHANGEABLE = ("device", "on_nan", "stream", "workers", "on_bad_image")
+CHANGEABLE = ("device", "on_nan", "data_dir", "stream", "workers", "on_bad_image", "tokenizer")
+
+# what helps a command that takes as few images at once as it can
+OUT_OF_MEMORY = "close other programs, or use a machine or a GPU that has more"
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,13 +61,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     try:
-        return options.command(options)
+        status = options.command(options)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt as stop:
+        print(f"{options.parser.prog}: stopped{stop}", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # nobody reads any more; nothing is to be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (ConfigError, DataError, RunError) as error:
         options.parser.error(str(error))
     except OSError as error:
-        options.parser.error(f"{error.filename}: {error.strerror}")
+        place = "" if error.filename is None else f"{error.filename}: "
+        options.parser.error(f"{place}{error.strerror or error}")
     except TrainingError as error:
         print(f"{options.parser.prog}: {error}", file=sys.stderr)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"{options.parser.prog}: out of memory; {OUT_OF_MEMORY}", file=sys.stderr)
         return 1
 
 
@@ -97,24 +117,26 @@ def build_parser() -> argparse.ArgumentParser:
     add_settings(training)
 
     evaluation = add("eval", "measure a run's model over a whole split", eval_command)
-    evaluation.add_argument("run", type=Path)
+    evaluation.add_argument("run", type=Path, help="run folder of `softvq train`")
     evaluation.add_argument("--split", choices=SPLITS, default="test", help="default: test")
+    evaluation.add_argument("--data-dir", type=Path, help="where the data are; default: as trained")
     pictures = add("reconstruct", "reconstruct pictures with a run's model", reconstruct_command)
-    pictures.add_argument("run", type=Path)
+    pictures.add_argument("run", type=Path, help="run folder of `softvq train`")
     pictures.add_argument("images", type=Path, nargs="+", help="picture files or folders of them")
-    pictures.add_argument("-o", "--out", type=Path, default=Path("reconstructions"), help="folder")
+    out = Path("reconstructions")
+    pictures.add_argument("-o", "--out", type=Path, default=out, help=f"folder; default: {out}")
     encoding = add("encode", "turn images into codes", encode_command)
-    encoding.add_argument("run", type=Path)
+    encoding.add_argument("run", type=Path, help="run folder of `softvq train`")
     encoding.add_argument("--data", choices=data_names(), help="default: the run's own data")
     encoding.add_argument("--data-dir", type=Path, help="where they are")
     encoding.add_argument("-o", "--out", type=Path, required=True, help="codes.npz")
     decoding = add("decode", "turn codes back into images", decode_command)
-    decoding.add_argument("run", type=Path)
+    decoding.add_argument("run", type=Path, help="run folder of `softvq train`")
     decoding.add_argument("codes", type=Path, help="codes.npz of `softvq encode`")
     decoding.add_argument("--split", choices=SPLITS, default="test", help="default: test")
     decoding.add_argument("-o", "--out", type=Path, required=True, help="folder for the pictures")
     sampling = add("sample", "draw images that are in no data set", sample_command)
-    sampling.add_argument("run", type=Path)
+    sampling.add_argument("run", type=Path, help="run folder of `softvq train`")
     sampling.add_argument("--prior", type=Path, help="run of a pixelcnn, for a model with codes")
     sampling.add_argument("--count", type=int, default=64, help="images; default: 64")
     sampling.add_argument("--class", dest="class_name", help="default: all classes alike")
@@ -122,15 +144,18 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--seed", type=int, default=0, help="default: 0")
     sampling.add_argument("-o", "--out", type=Path, required=True, help="samples.png")
     report = add("report", "rebuild a run's report.html", report_command)
-    report.add_argument("run", type=Path)
+    report.add_argument("run", type=Path, help="run folder of `softvq train`")
     return parser
 
 
 def count(text: str) -> int:
-    """A whole number above 0. Raises ValueError."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+    """A whole number above 0. Raises ArgumentTypeError."""
+    try:
+        if (number := int(text)) >= 1:
+            return number
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text} is not allowed; it must be at least 1")
 
 
 def data_names() -> tuple[str, ...]:
@@ -198,8 +223,7 @@ def resumed_config(run: RunFolder, given: dict[str, Any]) -> TrainConfig:
     """The run's settings, if those given are the same. Raises ConfigError and RunError."""
     config = run.read_config()
     for name, value in given.items():
-        value = value.absolute() if isinstance(value, Path) else value
-        if name not in CHANGEABLE and value != getattr(config, name):
+        if name not in CHANGEABLE and meaning(name, value) != meaning(name, getattr(config, name)):
             raise ConfigError(
                 f"{name}: {value} differs from the run's {getattr(config, name)}; a resumed run "
                 f"keeps its settings (only {', '.join(CHANGEABLE)} may change)"
@@ -208,9 +232,23 @@ def resumed_config(run: RunFolder, given: dict[str, Any]) -> TrainConfig:
     return dataclasses.replace(config, **changes)
 
 
+def meaning(name: str, value: Any) -> Any:
+    """What a setting's value stands for: the same for .5 and 0.5 as text, for 7 and 7x7."""
+    try:
+        match name:
+            case "latent_grid" | "image_size":
+                return size_pair(value)
+            case "temperature" | "temperature_ratio":
+                return float(value)
+    except (AttributeError, TypeError, ValueError):  # left open, auto, or not allowed
+        pass
+    return value
+
+
 def eval_command(options: argparse.Namespace) -> int:
     """softvq eval."""
-    for name, value in evaluate_run(RunFolder(options.run), options.split).items():
+    values = evaluate_run(RunFolder(options.run), options.split, options.data_dir)
+    for name, value in values.items():
         print(f"{name:34} {value:.6g}")
     return 0
 

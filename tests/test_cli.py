@@ -91,6 +91,14 @@ def test_every_command_has_help(command, capsys):
     assert f"usage: softvq {command}" in capsys.readouterr().out
 
 
+def test_help_says_what_a_run_is_and_where_pictures_go(capsys):
+    with pytest.raises(SystemExit):
+        main(["reconstruct", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "run run folder of `softvq train`" in text
+    assert "folder; default: reconstructions" in text
+
+
 def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
@@ -168,6 +176,10 @@ def test_the_command_itself(arguments, capsys):
         (("--latent-grid", "9x2"), "latent_grid: latent grid 9x2 must lie between 1x1 and "),
         (("--data", "folder"), "folder: needs the folder of the images; give it with --data-dir"),
         (("--data", "folder", "--data-dir", "gone"), "gone: no such folder"),
+        (
+            ("--data-dir", "pictures"),
+            "data_dir: pictures does not apply to data digits, which have no folder; give --data ",
+        ),
         (("--config", "gone.toml"), "gone.toml: cannot read the configuration"),
         (("--resume",), "--resume needs the run folder: --out RUN"),
         (("--resume", "--out", "gone"), "gone: no run there (no config.toml)"),
@@ -195,7 +207,7 @@ def test_train_refuses(arguments, message, capsys, tmp_path):
     line = refused(capsys, "train", *arguments)
     assert line.startswith(message)
     assert ("did you mean" in line) == ("did you mean" in message)
-    assert not list(tmp_path.rglob("config.toml")) and not list(tmp_path.rglob("checkpoints"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_without_images(tmp_path, capsys):
@@ -268,6 +280,22 @@ def test_resume_may_repeat_the_settings(tmp_path):
     same = ("--data", "folder", "--data-dir", "images", "--out", "run", *FAST)
     assert main(["train", *same]) == 0
     assert main(["train", "--resume", "--device", "cpu", "--on-nan", "skip", *same]) == 0
+
+
+def test_resume_compares_values_and_not_their_spelling(tmp_path):
+    first = ("--temperature", ".5", "--temperature-ratio", "0.1", "--latent-grid", "2x2")
+    again = ("--temperature", "0.50", "--temperature-ratio", ".1", "--latent-grid", "2")
+    more = ("--batch-size", "5000", "--out", "run", *FAST)  # more than the 1,293 there are
+    assert main(["train", *first, *more]) == 0
+    assert main(["train", *again, *more, "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("temperature", "0.5"), ("latent-grid", "2x1"), ("latent-grid", "two")]
+)
+def test_resume_refuses_other_values_as_text(option, value, run, capsys):
+    line = refused(capsys, "train", "--resume", "--out", run, f"--{option}", value)
+    assert line.startswith(f"{option.replace('-', '_')}: {value} differs from the run's ")
 
 
 def test_resume_without_a_usable_checkpoint(run, capsys):
@@ -367,12 +395,17 @@ def test_a_model_file_of_something_else(run, capsys):
         (("reconstruct", "RUN", "9x8"), "9x8/0.png: 8x9 pixels, expected 8x8"),
         (("reconstruct", "RUN", "8x8", "-o", "text.png"), "text.png: File exists"),
         (("encode", "RUN"), "the following arguments are required: -o/--out"),
-        (("encode", "RUN", "-o", "text.png/codes.npz"), "text.png/.codes.npz."),
-        (("encode", "RUN", "-o", "gone/codes.npz"), "gone/.codes.npz."),
+        (("encode", "RUN", "-o", "text.png/codes.npz"), "text.png/codes.npz: Not a directory"),
+        (("encode", "RUN", "-o", "gone/codes.npz"), "gone/codes.npz: No such file"),
         (
             ("encode", "RUN", "--data", "folder", "--data-dir", "9x8", "-o", "codes.npz"),
             "folder: images of shape (1, 8, 9), but the model is for (1, 8, 8)",
         ),
+        (
+            ("encode", "RUN", "--data-dir", "8x8", "-o", "codes.npz"),
+            "data_dir: 8x8 does not apply to data digits",
+        ),
+        (("eval", "RUN", "--data-dir", "8x8"), "data_dir: 8x8 does not apply to data digits"),
         (("decode", "RUN", "gone.npz", "-o", "decoded"), "gone.npz: cannot read codes ("),
         (("decode", "RUN", "text.png", "-o", "decoded"), "text.png: cannot read codes ("),
     ],
@@ -418,7 +451,7 @@ def test_the_other_commands_refuse(arguments, message, run, tmp_path, capsys):
             "temperature: 0.0 is not allowed; it must be above 0",
         ),
         (("sample", "{vae}"), "the following arguments are required: -o/--out"),
-        (("sample", "{vae}", "-o", "gone/d.png"), "gone/.d.png."),
+        (("sample", "{vae}", "-o", "gone/d.png"), "gone/d.png: No such file or directory"),
         (
             ("reconstruct", "{cvae}", "d.png"),
             "{cvae}: a cvae needs the class of each image; it cannot",

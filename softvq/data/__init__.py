@@ -5,6 +5,7 @@ from pathlib import Path
 
 from softvq.data.cifar10 import load_cifar10
 from softvq.data.digits import load_digits
+from softvq.data.fingerprint import fingerprint
 from softvq.data.folder import Reading, load_folder
 from softvq.data.mnist import load_mnist
 from softvq.data.pictures import find_images, load_images
@@ -64,13 +65,14 @@ def load_data(
     if validation is None:
         train, validation = split_off(train, validation_fraction, seed, "validation")
     parts = (train, validation, source.test)
+    digest = fingerprint(parts, source.class_names)
     if isinstance(train, StreamedSet):
         if train.decoded_bytes <= reading.stream_above:
             parts = tuple(part.in_memory(reading.watch) for part in parts)
         train.bad.tell(reading.leads)
     elif image_size is not None:
         parts = tuple(ImageSet(fit(part.images, image_size), part.labels) for part in parts)
-    return DataSplits(*parts, source.class_names)
+    return DataSplits(*parts, source.class_names, digest)
 
 
 def _read(

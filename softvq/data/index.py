@@ -34,17 +34,19 @@ ROW = np.dtype(
 class Pictures:
     """N pictures, in arrays, which worker processes share without a copy.
 
-    names: (N,) bytes, the path of a file of its own, or the name in the shard. rows: (N,) of ROW.
-    shards: their paths.
+    names: (N,) bytes, the path of a file of its own below its folder, or the name in the shard.
+    rows: (N,) of ROW. folders, shards: their paths.
     """
 
     names: np.ndarray
     rows: np.ndarray
+    folders: tuple[Path, ...]
     shards: tuple[Path, ...]
 
     def name(self, index: int) -> str:
         """The path of a picture's file, or "SHARD: NAME"."""
-        return _full_name(os.fsdecode(self.names[index]), self._shard_of(index))
+        name, shard = os.fsdecode(self.names[index]), self._shard_of(index)
+        return _full_name(name, self._folder_of(index), shard)
 
     def read(self, index: int) -> Tensor:
         """Decode one picture: (C, H, W) uint8. Raises UnreadableError."""
@@ -54,10 +56,13 @@ class Pictures:
     def _open(self, index: int) -> Path | BinaryIO:
         shard, row = self._shard_of(index), self.rows[index]
         if shard is None:
-            return Path(os.fsdecode(self.names[index]))
+            return self._folder_of(index) / os.fsdecode(self.names[index])
         with shard.open("rb") as file:
             file.seek(row["offset"])
             return BytesIO(file.read(row["size"]))
+
+    def _folder_of(self, index: int) -> Path:
+        return self.folders[self.rows[index]["folder"]]
 
     def _shard_of(self, index: int) -> Path | None:
         number = self.rows[index]["shard"]
@@ -80,24 +85,25 @@ def find_pictures(
     shards: list[Path] = []
     problems: dict[str, str] = {}
     found = watch(zip(shares, looked, strict=True), len(shares), "looking at pictures")
-    for (number, share), entries in found:
+    for (number, share), (entries, others) in found:
+        bad.leave_out(_full_name(name, share.folder, share.shard) for name in others)
         if share.shard is not None:
             shards.append(share.shard)
         shard = -1 if share.shard is None else len(shards) - 1
         for entry in entries:
             if entry.header is None:
-                problems[_full_name(entry.name, share.shard)] = entry.problem
+                problems[_full_name(entry.name, share.folder, share.shard)] = entry.problem
             else:
                 names.append(os.fsencode(entry.name))
                 rows.append((number, shard, entry.offset, entry.size, *entry.header))
                 classes.append(entry.label)
     bad.found(problems)
-    pictures = Pictures(np.array(names, "S"), np.array(rows, ROW), tuple(shards))
+    pictures = Pictures(np.array(names, "S"), np.array(rows, ROW), tuple(folders), tuple(shards))
     for number, folder in enumerate(folders):
         if not (pictures.rows["folder"] == number).any():
             raise DataError(f"{folder}: none of the images there can be read")
     return pictures, classes
 
 
-def _full_name(name: str, shard: Path | None) -> str:
-    return name if shard is None else f"{shard}: {name}"
+def _full_name(name: str, folder: Path, shard: Path | None) -> str:
+    return str(folder / name) if shard is None else f"{shard}: {name}"

@@ -10,6 +10,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from softvq.data.resize import fit
 from softvq.data.types import DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
@@ -79,8 +80,10 @@ def read_image(file: Path | BinaryIO, channels: int | None = None) -> Tensor:
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
 
 
-def load_images(paths: Sequence[Path], shape: tuple[int, int, int]) -> Tensor:
-    """Decode pictures that must have one size: (N, C, H, W) uint8 for `shape` (C, H, W).
+def load_images(
+    paths: Sequence[Path], shape: tuple[int, int, int], *, fitted: bool = False
+) -> Tensor:
+    """Decode pictures of one size, or `fitted` to it: (N, C, H, W) uint8 for `shape` (C, H, W).
 
     Grey becomes RGB, or colour grey, as C (3 or 1) asks.
     Raises DataError naming the file that cannot be read or has another size.
@@ -92,6 +95,8 @@ def load_images(paths: Sequence[Path], shape: tuple[int, int, int]) -> Tensor:
             image = read_image(path, channels)
         except UnreadableError as error:
             raise DataError(f"{path}: {error}; repair or remove it") from error
+        if fitted:
+            image = fit(image[None], (height, width))[0]
         if image.shape != shape:
             raise DataError(
                 f"{path}: {size_text(image)} pixels, expected {height}x{width} (height x width); "

@@ -22,10 +22,17 @@ class Share(NamedTuple):
     shard: Path | None = None
 
 
+class Looked(NamedTuple):
+    """What was found in a share."""
+
+    entries: list["Entry"]
+    others: list[str]  # names in the shard of pictures that belong to a sample, such as masks
+
+
 class Entry(NamedTuple):
     """A picture that was found."""
 
-    name: str  # the path of its file, or its name in the shard
+    name: str  # the path of its file below the folder, or its name in the shard
     offset: int  # in the shard, of its `size` bytes
     size: int
     label: str | None  # the name of its class
@@ -44,24 +51,25 @@ def shares_of(folder: Path) -> Iterator[Share]:
             yield from (Share(folder, found[i : i + FILES]) for i in range(0, len(found), FILES))
 
 
-def look_at(share: Share) -> list[Entry]:
+def look_at(share: Share) -> Looked:
     """The pictures of a share, their headers read. Raises DataError for a damaged shard."""
     if share.shard is not None:
         return _members(share.shard)
     entries = []
     for path in share.files:
-        label = _first_folder(path.relative_to(share.folder).parts)
-        entries.append(Entry(str(path), 0, 0, label, *_header(path)))
-    return entries
+        name = path.relative_to(share.folder)
+        entries.append(Entry(str(name), 0, 0, _first_folder(name.parts), *_header(path)))
+    return Looked(entries, [])
 
 
-def _members(path: Path) -> list[Entry]:
+def _members(path: Path) -> Looked:
     """The pictures of a shard, in its order.
 
     The class of a sample KEY.jpg is the text of KEY.cls, else the first folder of its name.
     """
     entries: list[Entry] = []
     keys: list[str] = []
+    others: list[str] = []
     labels: dict[str, str] = {}
     try:
         with tarfile.open(path, "r:") as shard:
@@ -75,6 +83,8 @@ def _members(path: Path) -> list[Entry]:
                     place = (member.name, member.offset_data, member.size)
                     entries.append(Entry(*place, label, *header))
                     keys.append(key)
+                elif suffix.endswith(SUFFIXES):
+                    others.append(member.name)
                 elif suffix == ".cls":
                     labels[key] = shard.extractfile(member).read().decode().strip()
             # It stops without a word at whatever is no header.
@@ -88,10 +98,11 @@ def _members(path: Path) -> list[Entry]:
         ) from error
     if not entries:
         raise DataError(f"{path}: no images in it; a sample is KEY{' or KEY'.join(SUFFIXES)}")
-    return [
+    labelled = [
         entry._replace(label=labels.get(key, entry.label))
         for key, entry in zip(keys, entries, strict=True)
     ]
+    return Looked(labelled, others)
 
 
 def _sample(name: str) -> tuple[str, str]:

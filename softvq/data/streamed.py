@@ -17,6 +17,7 @@ from softvq.data.types import Batch, DataError, ImageSet
 from softvq.data.watch import Watch, unwatched
 from softvq.data.workers import AHEAD, in_workers
 
+SEEN = ["height", "width", "grey"]  # of a picture's header
 CHUNK = 64  # pictures that a process decodes in one go: several share a batch
 
 
@@ -72,6 +73,13 @@ class StreamedSet:
 
     def __len__(self) -> int:
         return len(self.chosen)
+
+    def identity(self) -> Iterator[bytes]:
+        """Names and headers of the pictures, and the labels."""
+        rows = self.pictures.rows[self.chosen.numpy()]
+        for column in (self.pictures.names[self.chosen.numpy()], *map(rows.__getitem__, SEEN)):
+            yield column.tobytes()
+        yield self.labels.numpy().tobytes()
 
     def select(self, indices: Tensor) -> "StreamedSet":
         """The set of the images at `indices`, (M,) int64, in that order; nothing is read."""

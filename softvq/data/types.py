@@ -46,6 +46,9 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
+    def identity(self) -> Iterator[bytes]:
+        """What tells this set from others, short of all its pixels."""
+
     def select(self, indices: Tensor) -> "Images":
         """The set of the images at `indices`, (M,) int64, in that order."""
 
@@ -92,6 +95,11 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    def identity(self) -> Iterator[bytes]:
+        """Shape and labels."""
+        yield repr(self.image_shape).encode()
+        yield self.labels.numpy().tobytes()
+
     def select(self, indices: Tensor) -> "ImageSet":
         """The images and labels at `indices`, (M,) int64, in that order."""
         return ImageSet(self.images[indices], self.labels[indices])
@@ -122,6 +130,7 @@ class DataSplits(NamedTuple):
     validation: Images
     test: Images
     class_names: tuple[str, ...]
+    fingerprint: str  # of what is in which split, wherever it lies; pixels do not count
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

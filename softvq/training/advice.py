@@ -49,8 +49,11 @@ def warn_of_collapse(
 
 
 @contextmanager
-def memory_advice(config: TrainConfig) -> Iterator[None]:
-    """Turn running out of memory into a TrainingError that says what to lower."""
+def memory_advice(config: TrainConfig, *, of_batch: bool = True) -> Iterator[None]:
+    """Turn running out of memory into a TrainingError that says what to lower.
+
+    of_batch: whether the batch size matters.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -59,19 +62,22 @@ def memory_advice(config: TrainConfig) -> Iterator[None]:
                 "a process that decodes pictures was lost, perhaps for want of memory or of room "
                 f"in /dev/shm ({error}); the last checkpoint is good: lower --workers"
             ) from error
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         size = "hidden" if config.architecture == "dense" else "width"
-        settings = {name: getattr(config, name) for name in ("batch_size", "codebook_size", size)}
+        names = ["batch_size"] * of_batch + ["codebook_size", size, "image_size"]
+        settings = {name: getattr(config, name) for name in names}
         advice = [
             f"--{name.replace('_', '-')} (now {value})"
             for name, value in settings.items()
             if value is not None
         ]
-        raise TrainingError(f"out of memory; lower {' or '.join(advice)}") from error
+        stream = config.data == "folder" and config.stream != "on"
+        text = f"out of memory; lower {' or '.join(advice)}{', or give --stream on' * stream}"
+        raise TrainingError(text) from error
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """A GPU's, Python's, or the CPU allocator's, which has no class of its own."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         "DefaultCPUAllocator: can't allocate memory" in str(error)

@@ -43,6 +43,11 @@ def check_combinations(settings: Any) -> None:
         raise ConfigError(
             "tokenizer: a pixelcnn learns the codes of a trained model; give its run folder"
         )
+    if settings.data == "digits" and settings.data_dir is not None:
+        raise ConfigError(
+            f"data_dir: {settings.data_dir} does not apply to data digits, which have no folder; "
+            "give --data too, such as --data folder for a folder of pictures"
+        )
     for name, idle in OF_FOLDERS.items():
         value = getattr(settings, name)
         if settings.data != "folder" and value not in idle:

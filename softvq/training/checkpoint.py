@@ -102,6 +102,11 @@ def load_checkpoint(folder: Path, parts: dict[str, Stateful]) -> tuple[Progress 
     return None, []
 
 
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint, whole or not; 0 where there is not any."""
+    return max(_steps(folder), default=0)
+
+
 def remove_checkpoints_after(folder: Path, step: int) -> None:
     """Remove the later ones, so that they do not count among the newest two."""
     for later in _steps(folder):

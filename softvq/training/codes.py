@@ -14,7 +14,7 @@ from torch import Tensor
 from softvq.data import DataError, DataSplits
 from softvq.models import LEVEL, CodeLevel, ImageModel
 from softvq.training.config import CONTINUOUS, PRIOR
-from softvq.training.evaluation import BATCH, to_pixels
+from softvq.training.evaluation import batch_size, to_pixels
 from softvq.training.files import replacing
 from softvq.training.run_folder import RunError, RunFolder
 
@@ -65,12 +65,13 @@ def load_tokenizer(run: RunFolder, device: torch.device) -> ImageModel:
 
 @torch.no_grad()
 def encode_splits(model: ImageModel, data: DataSplits, device: torch.device) -> CodeSplits:
-    """The nearest codes of every image."""
-    sets = []
+    """The nearest codes of every image; grey ones become colour where the model needs it."""
+    sets, size = [], batch_size(data.image_shape)
     for split in data[:3]:
         batches = []
-        for images, labels in split.load(torch.arange(len(split)).split(BATCH), device):
-            codes = model.encode_indices(to_pixels(images, device))
+        for images, labels in split.load(torch.arange(len(split)).split(size), device):
+            pixels = to_pixels(images, device).expand(-1, model.image_shape[0], -1, -1)
+            codes = model.encode_indices(pixels)
             codes = {name: grid.int().cpu() for name, grid in codes.items()}
             batches.append((codes, labels.cpu()))
         codes = {name: torch.cat([b[name] for b, _ in batches]) for name in model.levels}

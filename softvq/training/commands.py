@@ -20,45 +20,62 @@ from softvq.training.codes import (
     write_codes,
 )
 from softvq.training.config import PRIOR, torch_device
-from softvq.training.evaluation import BATCH, evaluate, to_pixels
+from softvq.training.evaluation import batch_size, evaluate, to_pixels
 from softvq.training.files import write_text
+from softvq.training.origin import check_data
 from softvq.training.pictures import save_rows
 from softvq.training.prior import decoded_samples, prior_metrics
 from softvq.training.run_folder import RunError, RunFolder
 from softvq.training.settings import ConfigError
 from softvq.training.showing import PER_ROW, even_labels, reconstruction_rows, sampled_rows
+from softvq.training.warn import warn
 
 
-def evaluate_run(run: RunFolder, split: str) -> dict[str, float]:
-    """Metrics of the run's model over one split of its data; also left in RUN/eval-SPLIT.json."""
-    config = run.read_config()
+def evaluate_run(run: RunFolder, split: str, data_dir: Path | None = None) -> dict[str, float]:
+    """Metrics of the run's model over one split of its data; also left in RUN/eval-SPLIT.json,
+    where it can be written.
+
+    data_dir: where the data are now.
+    """
     device = torch_device()
     model = run.load_model(device)
+    source = run  # of the images
     if isinstance(model, CodePrior):
-        source = RunFolder(config.tokenizer)
+        source = RunFolder(run.read_config().tokenizer)
         check_prior(run, source)
-        tokenizer, images = load_tokenizer(source, device), build_data(source.read_config())
+    moved = {} if data_dir is None else {"data_dir": data_dir}
+    images = build_data(dataclasses.replace(source.read_config(), **moved))
+    check_data(run, model, images)
+    if isinstance(model, CodePrior):
+        tokenizer = load_tokenizer(source, device)
         codes = encode_splits(tokenizer, images, device)
         values = prior_metrics(model, tokenizer, images, codes, split, device)
     else:
-        values = evaluate(model, getattr(build_data(config), split), device).values
-    write_text(run.path / f"eval-{split}.json", json.dumps(values, indent=2) + "\n")
+        values = evaluate(model, getattr(images, split), device).values
+    path = run.path / f"eval-{split}.json"
+    try:
+        write_text(path, json.dumps(values, indent=2) + "\n")
+    except OSError as error:
+        warn(f"{path}: cannot be written ({error.strerror})")
     return values
 
 
 def reconstruct(run: RunFolder, sources: Sequence[Path], out: Path) -> list[Path]:
-    """Pictures of the model's reconstructions of image files, PER_ROW to a picture, in `out`."""
+    """Pictures of the model's reconstructions of image files, PER_ROW to a picture, in `out`.
+
+    The images are brought to one size where those of the training were.
+    """
     config, device = run.read_config(), torch_device()
     if config.model in (*PRIOR, "cvae"):
         needs = "codes, not images" if config.model in PRIOR else "the class of each image"
         raise RunError(f"{run.path}: a {config.model} needs {needs}; it cannot reconstruct files")
     model = run.load_model(device)
     paths = [p for s in sources for p in (find_images(s) if s.is_dir() else [s])]
-    images = to_pixels(load_images(paths, model.image_shape), device)
+    images = load_images(paths, model.image_shape, fitted=config.image_size is not None)
     out.mkdir(parents=True, exist_ok=True)
     pages = [out / f"reconstructions-{n}.png" for n in range(-(-len(images) // PER_ROW))]
     for page, batch in zip(pages, images.split(PER_ROW), strict=True):
-        save_rows(page, reconstruction_rows(model, batch, None))
+        save_rows(page, reconstruction_rows(model, to_pixels(batch, device), None))
     return pages
 
 
@@ -70,7 +87,10 @@ def encode(run: RunFolder, data: str | None, data_dir: Path | None, out: Path) -
     changes = {} if data is None else {"data": data, "data_dir": None, **dict.fromkeys(OF_FOLDERS)}
     changes |= {} if data_dir is None else {"data_dir": data_dir}
     splits = build_data(dataclasses.replace(config, **changes))
-    if splits.image_shape != model.image_shape:
+    if data is None:
+        check_data(run, model, splits)
+    channels, *size = splits.image_shape
+    if size != list(model.image_shape[1:]) or channels > model.image_shape[0]:
         raise DataError(
             f"{data or config.data}: images of shape {splits.image_shape}, but the model is for "
             f"{model.image_shape}"
@@ -86,9 +106,9 @@ def decode(run: RunFolder, codes: Path, split: str, out: Path) -> Path:
     model = load_tokenizer(run, device)
     indices = read_codes(codes, split, model.levels)
     out.mkdir(parents=True, exist_ok=True)
-    total = len(next(iter(indices.values())))
-    for start in range(0, total, BATCH):
-        batch = {name: grid[start : start + BATCH].to(device) for name, grid in indices.items()}
+    total, size = len(next(iter(indices.values()))), batch_size(model.image_shape)
+    for start in range(0, total, size):
+        batch = {name: grid[start : start + size].to(device) for name, grid in indices.items()}
         images = model.decode_indices(batch)
         pixels = images.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         for number, image in enumerate(pixels, start):
@@ -132,7 +152,7 @@ def sample(
             raise RunError(f"{run.path}: model {run.read_config().model} has no codes for a prior")
         if temperature is not None:
             raise ConfigError(f"temperature: {temperature} is that of a prior, and there is none")
-        drawn, classes = model.sample, model.classes
+        drawn, classes, shape = model.sample, model.classes, run.read_shape()
     else:
         if prior is None:
             raise RunError(
@@ -142,7 +162,8 @@ def sample(
         check_prior(prior, run)
         codes = prior.load_model(device)
         drawn, classes = decoded_samples(codes, model, temperature or 1.0), codes.classes
-    names = build_data(run.read_config()).class_names if classes else ()
+        shape = prior.read_shape()
+    names = shape["class_names"] if classes else ()
     torch.manual_seed(seed)
     labels = even_labels(count, classes, device)
     if class_name is not None:
@@ -150,5 +171,5 @@ def sample(
             known = f"not one of {', '.join(names)}" if names else "not known: the model has none"
             raise ConfigError(f"class: {class_name!r} is {known}")
         labels = torch.full_like(labels, names.index(class_name))
-    save_rows(out, sampled_rows(drawn, labels, names))
+    save_rows(out, sampled_rows(drawn, labels, names, model.image_shape))
     return out

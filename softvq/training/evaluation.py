@@ -1,5 +1,7 @@
 """Metrics of a model of images over a whole split."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +13,7 @@ from softvq.distributed.collectives import sum_over_replicas
 from softvq.models import ImageModel, level_suffix
 from softvq.training.ranks import from_all, share_of
 
-BATCH = 1000
+BATCH, VALUES = 1000, 2**22  # the most images, and values of them, that are looked at together
 # The histogram of the counts, cumulated: the suffix of a metric, and the share of even use it asks.
 SHARES = {"": 0.0, "_quarter": 0.25, "_double": 2.0}
 
@@ -22,6 +24,18 @@ class SplitMetrics:
 
     values: dict[str, float]  # by the names of the run folder's metrics
     counts: dict[str, Tensor]  # (K,) int64 by level: how often each code was the nearest one
+
+
+def batch_size(image_shape: tuple[int, int, int]) -> int:
+    """How many images (C, H, W) are looked at together, whatever the number to train on."""
+    return max(1, min(BATCH, VALUES // math.prod(image_shape)))
+
+
+def in_batches(
+    function: Callable[[Tensor], Tensor], items: Tensor, image_shape: tuple[int, int, int]
+) -> Tensor:
+    """What the function makes of the items (n, ...), some (n, C, H, W) images, of a few at once."""
+    return torch.cat([function(part) for part in items.split(batch_size(image_shape))])
 
 
 def to_pixels(images: Tensor, device: torch.device) -> Tensor:
@@ -45,7 +59,7 @@ def evaluate(model: ImageModel, data: Images, device: torch.device) -> SplitMetr
         level: torch.zeros(quantizer.codebook_size, dtype=torch.int64, device=device)
         for level, quantizer in model.quantizers.items()
     }
-    batches = torch.arange(len(data)).split(BATCH)
+    batches = torch.arange(len(data)).split(batch_size(data.image_shape))
     results = []
     for batch in data.load(share_of(batches), device):
         images = to_pixels(batch.images, device)

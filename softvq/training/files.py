@@ -12,18 +12,23 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place if the block ends without an error.
 
-    Raises OSError for a folder.
+    Raises OSError, for a folder too; it names the path and not the temporary one.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(temporary)):
+            error.filename = str(path)
+        raise
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -55,10 +60,14 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(condemned)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a killed process left half-written in the folder, or half-removed."""
-    for path in folder.glob(".*.tmp"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def half_done(folder: Path, name: str) -> Iterator[Path]:
+    """What a killed process left half-written, or half-removed, of names that match a pattern."""
+    return folder.glob(f".{name.rstrip('*')}*.tmp")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -23,7 +23,12 @@ class ImageTask:
         if config.model == "cvae" and any((split.labels < 0).any() for split in data[:3]):
             raise DataError(f"{config.data}: a cvae needs the class of every image")
         self.data, self.device = data, device
-        self.shape = {"image_shape": data.image_shape, "classes": len(data.class_names)}
+        self.shape = {
+            "image_shape": data.image_shape,
+            "classes": len(data.class_names),
+            "class_names": data.class_names,
+            "data": data.fingerprint,
+        }
         self.model: ImageModel = build_model(config, self.shape).to(device)
         self.steering = build_steering(config, self.model).to(device)
         self.train = data.train.to(device)

@@ -8,6 +8,7 @@ from softvq.training.build import build_data
 from softvq.training.codes import load_tokenizer
 from softvq.training.config import PRIOR, TrainConfig
 from softvq.training.images import ImageTask
+from softvq.training.origin import check_data
 from softvq.training.prior import PriorTask
 from softvq.training.progress import with_bar
 from softvq.training.run_folder import RunFolder
@@ -27,6 +28,7 @@ def load_task(
         tokenizer = load_tokenizer(run, device)
         with ranks.first_rank_first():  # it downloads, the others read
             images = build_data(run.read_config(), watch)
+        check_data(run, tokenizer, images)
         config = config.resolved(len(images.train))
         ranks.check_batch_size(config.batch_size)
         torch.manual_seed(config.seed)

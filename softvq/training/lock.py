@@ -4,7 +4,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from softvq.training.run_folder import RunError
@@ -14,9 +14,11 @@ from softvq.training.run_folder import RunError
 def locked(folder: Path) -> Iterator[None]:
     """Make the folder and hold folder/.lock, which the kernel lets go however the process ends.
 
+    Folders that it made are removed again where they are still empty in the end.
     Raises RunError where the folder cannot be written, and naming the process that holds the lock.
     """
     path = folder / ".lock"
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(path)
@@ -30,6 +32,9 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
+        with suppress(OSError):  # not empty, or no longer there
+            for place in made:
+                place.rmdir()
 
 
 def _lock(path: Path) -> int:

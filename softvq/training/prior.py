@@ -12,7 +12,7 @@ from softvq.models import CodePrior, ImageModel, TrainingStep, level_suffix
 from softvq.training.build import build_model
 from softvq.training.codes import CodeSet, CodeSplits, encode_splits
 from softvq.training.config import TrainConfig
-from softvq.training.evaluation import BATCH
+from softvq.training.evaluation import batch_size
 from softvq.training.likelihood import (
     bits_per_dimension,
     discretised_logistic_log_likelihood,
@@ -51,7 +51,9 @@ class PriorTask:
         self.shape = {
             "levels": self.data.levels,
             "classes": len(images.class_names) if labelled else 0,
+            "class_names": images.class_names,
             "tokenizer": fingerprint,
+            "data": images.fingerprint,
         }
         self.model = build_model(config, self.shape).to(device)
         self.steering = Steering()
@@ -78,7 +80,8 @@ class PriorTask:
 
     def evaluate(self, split: str) -> dict[str, float]:
         """Bits per latent over a whole split."""
-        return code_metrics(self.model, getattr(self.data, split), self.device)
+        size = batch_size(self.images.image_shape)
+        return code_metrics(self.model, getattr(self.data, split), size, self.device)
 
     def rows(self) -> Rows:
         """None: sampling takes too long for every validation."""
@@ -89,8 +92,8 @@ class PriorTask:
         values = prior_metrics(model, self.tokenizer, self.images, self.data, "test", self.device)
         count = PER_ROW * model.classes or PER_ROW * ROWS
         labels = even_labels(count, model.classes, self.device)
-        sample = decoded_samples(model, self.tokenizer)
-        save_rows(run.samples, sampled_rows(sample, labels, self.images.class_names))
+        sample, shape = decoded_samples(model, self.tokenizer), self.images.image_shape
+        save_rows(run.samples, sampled_rows(sample, labels, self.images.class_names, shape))
         return values
 
 
@@ -108,14 +111,16 @@ def decoded_samples(
 
 
 @torch.no_grad()
-def code_metrics(model: CodePrior, data: CodeSet, device: torch.device) -> dict[str, float]:
+def code_metrics(
+    model: CodePrior, data: CodeSet, size: int, device: torch.device
+) -> dict[str, float]:
     """Bits per latent over a whole split of codes, the same bits however many ranks share it.
 
-    The model keeps the mode it was in.
+    size: of the batches. The model keeps the mode it was in.
     """
     was_training = model.training
     model.eval()
-    batches = torch.arange(len(data)).split(BATCH)
+    batches = torch.arange(len(data)).split(size)
     results = []
     for batch in share_of(batches):
         codes, labels = data.batch(batch)
@@ -145,7 +150,7 @@ def prior_metrics(
     codes, of the scales that fit the validation images best.
     """
     codes: CodeSet = getattr(data, split)
-    values = code_metrics(model, codes, device)
+    values = code_metrics(model, codes, batch_size(images.image_shape), device)
     for name, level in data.levels.items():
         size = level.codebook_size
         order0 = order0_bits_per_latent(data.train.codes[name], codes.codes[name], size)
@@ -173,7 +178,7 @@ def _decoded(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(decoded codes (B, C, H, W), images (B, C, H, W) uint8) of a split, batch by batch."""
     codes: CodeSet = getattr(data, split)
-    batches = torch.arange(len(codes)).split(BATCH)
+    batches = torch.arange(len(codes)).split(batch_size(images.image_shape))
     pictures = getattr(images, split).load(batches, device)
     for chosen, (batch, _) in zip(batches, pictures, strict=True):
         grids = {name: grid.to(device) for name, grid in codes.batch(chosen)[0].items()}

@@ -30,7 +30,8 @@ class Display:
 
     def __init__(self, config: TrainConfig, *, quiet: bool):
         self.config = config
-        self.console = Console(quiet=quiet, highlight=False)
+        # Paths are no markup.
+        self.console = Console(quiet=quiet, highlight=False, markup=False, emoji=False)
         self.bar = Bar(
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),

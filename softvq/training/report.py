@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from softvq.training.curves import Chart, Points, Scale, draw_chart, number
 from softvq.training.files import replacing
+from softvq.training.history import History, Metrics, read_history, with_nan
 
 SOFT, HARD = "reconstruction_quantizing_error", "reconstruction_hard_error"
 GAP = "gap"  # HARD - SOFT
@@ -72,9 +73,6 @@ PICTURES = {
     ),
 }
 
-Metrics = dict[str, float]
-History = dict[str, dict[int, Metrics]]  # split -> step -> metrics
-
 
 class Measured(NamedTuple):
     """The numbers that stand for the run, and where they are from."""
@@ -87,16 +85,16 @@ def write_report(run: Path) -> Path:
     """Write run/report.html about a finished or unfinished run, and return its path.
 
     Needs config.toml and metrics.jsonl; of the other files the page shows what is there.
-    Raises ValueError when one of the two needed files is not in the folder.
+    Raises ValueError when one of the two needed files is not in the folder, and for a damaged
+    summary.json.
     """
     for name in ("config.toml", "metrics.jsonl"):
         if not (run / name).is_file():
             raise ValueError(f"{run}: no {name} there; name the folder of a training run")
     config = tomllib.loads((run / "config.toml").read_text("utf-8"))
     history, unreadable = read_history(run / "metrics.jsonl")
-    summary_path = run / "summary.json"
-    finished = summary_path.is_file()
-    summary = json.loads(summary_path.read_text("utf-8")) if finished else {}
+    finished = (run / "summary.json").is_file()
+    summary = _read_summary(run / "summary.json") if finished else {}
     measured = _measured(summary, history)
     charts = _charts(history)
     template = _environment().get_template("report.html.jinja")
@@ -132,27 +130,14 @@ def write_report(run: Path) -> Path:
     return path
 
 
-def read_history(path: Path) -> tuple[History, int]:
-    """The metrics by split and step, and how many lines are torn and therefore left out.
-
-    A run that was killed and resumed repeats some steps; the later line counts.
-    """
-    history: History = {}
-    unreadable = 0
-    for line in path.read_text("utf-8", errors="replace").splitlines():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            unreadable += 1
-            continue
-        step, split = values.pop("step"), values.pop("split")
-        history.setdefault(split, {}).setdefault(step, {}).update(_metrics(values))
-    return history, unreadable
-
-
-def _metrics(values: Mapping[str, float | None]) -> Metrics:
-    """JSON has no NaN, so that null stands for it."""
-    return {name: math.nan if value is None else value for name, value in values.items()}
+def _read_summary(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error}); make it anew with softvq train --out "
+            f"{path.parent} --resume"
+        ) from error
 
 
 def _points(history: History, split: str, name: str) -> Points:
@@ -163,7 +148,7 @@ def _points(history: History, split: str, name: str) -> Points:
 def _measured(summary: Mapping[str, Any], history: History) -> Measured:
     """The test metrics, or else the latest validation or training ones."""
     if "test" in summary:
-        return Measured("test", _with_gap(_metrics(summary["test"])))
+        return Measured("test", _with_gap(with_nan(summary["test"])))
     for split in ("test", "validation", "train"):
         if split in history:
             step = max(history[split])

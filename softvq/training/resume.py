@@ -13,7 +13,8 @@ from softvq.training.checkpoint import (
     sha256,
 )
 from softvq.training.files import write_bytes
-from softvq.training.run_folder import RunError, RunFolder, model_bytes, read_metrics
+from softvq.training.history import read_metrics
+from softvq.training.run_folder import RunError, RunFolder, model_bytes
 from softvq.training.warn import warn
 
 
@@ -24,7 +25,7 @@ def resume_run(run: RunFolder, parts: dict[str, Stateful], shape: dict[str, Any]
     """
     progress, problems = load_checkpoint(run.checkpoints, parts)
     if progress is None:
-        if read_metrics(run.metrics):
+        if read_metrics(run.metrics)[0]:
             raise RunError(f"{run.path}: no checkpoint to resume from; start with --overwrite")
         progress = Progress()
     for problem in problems:

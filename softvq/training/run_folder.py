@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,18 @@ from torch import Tensor, nn
 
 from softvq.training.build import build_model
 from softvq.training.config import TrainConfig, read_config
-from softvq.training.files import sweep, write_text
+from softvq.training.files import half_done, remove, write_text
+from softvq.training.history import read_metrics
+from softvq.training.warn import warn
+
+# What a run leaves in its folder, as patterns below it. Nothing else there is ever removed.
+OWN = (
+    *("config.toml", "metrics.jsonl", "model.safetensors", "summary.json", "report.html"),
+    *("trace.json", "eval-train.json", "eval-validation.json", "eval-test.json"),
+    *("reconstructions.png", "samples.png", "codebook_usage.png"),
+    *("codebook_usage_top.png", "codebook_usage_bottom.png"),
+    *("checkpoints/step-*", "tensorboard/events.*"),
+)
 
 
 class RunError(Exception):
@@ -46,28 +56,47 @@ class RunFolder:
 
     def check(self, overwrite: bool) -> None:
         """Raise RunError unless a new run can be written here; what is there stays untouched."""
-        if self.config.exists() and not overwrite:
+        if self.config.exists():
+            if not overwrite:
+                raise RunError(
+                    f"{self.path}: already holds a run; continue it with --resume, replace it with "
+                    "--overwrite, or choose another folder with --out"
+                )
+        elif (foreign := self._foreign()) is not None:
             raise RunError(
-                f"{self.path}: already holds a run; continue it with --resume, replace it with "
-                "--overwrite, or choose another folder with --out"
+                f"{self.path}: holds no run but other files, such as {foreign.name}; choose an "
+                "empty or a new folder with --out"
             )
 
     def sweep(self) -> None:
         """Remove what a killed process left half-done."""
-        for folder in (self.path, self.checkpoints):
-            sweep(folder)
+        for path in self._half_done():
+            remove(path)
 
     def create(self, config: TrainConfig) -> None:
         """Begin a new run: remove an old one's files and write the configuration."""
-        files = (self.config, self.metrics, self.model, self.summary, self.report, self.trace)
-        for path in files:
-            path.unlink(missing_ok=True)
-        for path in (*self.path.glob("*.png"), *self.path.glob("eval-*.json")):
-            path.unlink()
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        shutil.rmtree(self.events, ignore_errors=True)
-        self.checkpoints.mkdir()
+        for path in self._own():
+            remove(path)
+        self.checkpoints.mkdir(exist_ok=True)
+        self.write_config(config)
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Keep the settings that the run goes on with."""
         write_text(self.config, config.to_toml())
+
+    def _own(self) -> list[Path]:
+        return [path for pattern in OWN for path in self.path.glob(pattern)]
+
+    def _half_done(self) -> list[Path]:
+        patterns = [Path(pattern) for pattern in OWN]
+        return [path for p in patterns for path in half_done(self.path / p.parent, p.name)]
+
+    def _foreign(self) -> Path | None:
+        """Something here that no run leaves, or None."""
+        folders = (self.path, self.checkpoints, self.events)
+        known = {*self._own(), *self._half_done(), *folders, self.path / ".lock"}
+        here = (path for folder in folders if folder.is_dir() for path in folder.iterdir())
+        return next((path for path in here if path not in known), None)
 
     def has_checkpoint(self) -> bool:
         """Whether there is something to resume from."""
@@ -93,16 +122,15 @@ class RunFolder:
                 raise
 
     def drop_metrics_after(self, step: int) -> None:
-        """Forget the lines a resumed run will write again, and a line torn by a kill."""
-        kept = [
-            line
-            for line in read_metrics(self.metrics)
-            if line["step"] <= step and line["split"] != "test"
-        ]
+        """Forget the lines a resumed run will write again, and lines that cannot be read."""
+        lines, unreadable = read_metrics(self.metrics)
+        if unreadable:
+            warn(f"{self.metrics}: {unreadable} torn lines left out")
+        kept = [line for line in lines if line["step"] <= step and line["split"] != "test"]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
     def read_shape(self) -> dict[str, Any]:
-        """What `model_bytes` was told of the data. Raises RunError."""
+        """What `model_bytes` was told of the data: a task's shape. Raises RunError."""
         with self._weights() as file:
             return _shape_in(file)
 
@@ -146,11 +174,3 @@ def model_bytes(state: dict[str, Tensor], shape: dict[str, Any]) -> bytes:
 def _shape_in(file: safe_open) -> dict[str, Any]:
     """The shape of the data in a model.safetensors. Raises TypeError, KeyError, ValueError."""
     return json.loads(file.metadata()["shape"])
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line torn by a kill is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text().split("\n")[:-1]
-    return [json.loads(line) for line in lines]

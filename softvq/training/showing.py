@@ -7,7 +7,7 @@ from torch import Tensor
 
 from softvq.data import DataSplits
 from softvq.models import Autoencoder, ImageModel
-from softvq.training.evaluation import BATCH, first_images, to_pixels
+from softvq.training.evaluation import BATCH, batch_size, in_batches, to_pixels
 
 PER_ROW = 12
 ROWS = 4  # of samples, where no classes part them
@@ -42,14 +42,24 @@ def sample_rows(model: ImageModel, data: DataSplits, device: torch.device) -> Ro
     """
     if isinstance(model, Autoencoder):
         labels = even_labels(PER_ROW * model.classes or ROWS * PER_ROW, model.classes, device)
-        return sampled_rows(model.sample, labels, data.class_names)
-    images = to_pixels(first_images(data.validation, BATCH, device).images, device)
+        return sampled_rows(model.sample, labels, data.class_names, model.image_shape)
+    first = torch.arange(min(BATCH, len(data.validation))).split(batch_size(model.image_shape))
+    seen = [
+        model.encode_indices(to_pixels(images, device))
+        for images, _ in data.validation.load(first, device)
+    ]
     codes = {}
-    for level, indices in model.encode_indices(images).items():
+    for level in seen[0]:
+        indices = torch.cat([batch[level] for batch in seen])
         # Which image's code each place gets: (n, h, w)
         source = torch.randint(len(indices), (ROWS * PER_ROW, *indices.shape[1:]), device=device)
         codes[level] = indices.gather(0, source)
-    return _in_rows("codes drawn apart", model.decode_indices(codes))
+
+    def decode(chosen: Tensor) -> Tensor:
+        return model.decode_indices({level: grid[chosen] for level, grid in codes.items()})
+
+    chosen = torch.arange(ROWS * PER_ROW, device=device)
+    return _in_rows("codes drawn apart", in_batches(decode, chosen, model.image_shape))
 
 
 def even_labels(count: int, classes: int, device: torch.device) -> Tensor:
@@ -60,13 +70,16 @@ def even_labels(count: int, classes: int, device: torch.device) -> Tensor:
 
 
 def sampled_rows(
-    sample: Callable[[Tensor], Tensor], labels: Tensor, class_names: Sequence[str]
+    sample: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    class_names: Sequence[str],
+    image_shape: tuple[int, int, int],
 ) -> Rows:
     """Samples in rows of PER_ROW, by class.
 
     sample: labels (count,) int64, -1 for no class → images (count, C, H, W) in [0, 1].
     """
-    images = sample(labels)
+    images = in_batches(sample, labels, image_shape)
     rows: Rows = []
     for label in labels.unique():
         name = "samples" if label < 0 else class_names[label]

@@ -18,7 +18,9 @@ class Task(Protocol):
     """A model with its data: images to reconstruct, or codes to predict."""
 
     model: nn.Module
-    shape: dict[str, Any]  # what the data make of the model: arguments of its builder, as JSON
+    # What the data make of the model, as JSON: arguments of its builder, class_names, and
+    # fingerprints: data, and for codes tokenizer.
+    shape: dict[str, Any]
     examples: int  # in the training split
     judged_by: str  # the metric whose lowest validation value is the best model
     steering: Steering

@@ -7,6 +7,17 @@ from pathlib import Path
 from torch.profiler import profile, schedule
 
 from softvq.training.cuda_graph import WARM_STEPS
+from softvq.training.settings import ConfigError
+
+
+def check_trace(steps: int, left: int) -> None:
+    """Raise ConfigError unless the `left` steps of a run are enough to trace so many of them."""
+    needed = WARM_STEPS + 1 + steps
+    if steps and left < needed:
+        raise ConfigError(
+            f"profile: a trace of {steps} steps needs {needed}, the first ones left out, but the "
+            f"run has {left} to go"
+        )
 
 
 @contextmanager

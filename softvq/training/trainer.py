@@ -1,5 +1,6 @@
 """The training loop."""
 
+import dataclasses
 import signal
 import time
 from collections.abc import Iterator
@@ -12,9 +13,8 @@ import torch
 from softvq import metrics
 from softvq.training import ranks
 from softvq.training.advice import memory_advice, warn_of_collapse
-from softvq.training.checkpoint import Progress, Stateful, load_checkpoint, sha256
-from softvq.training.codes import check_prior
-from softvq.training.config import PRIOR, TrainConfig
+from softvq.training.checkpoint import Progress, Stateful, load_checkpoint, newest_step, sha256
+from softvq.training.config import TrainConfig
 from softvq.training.engine import Engine
 from softvq.training.finish import finish
 from softvq.training.guards import TrainingError
@@ -22,13 +22,14 @@ from softvq.training.load import load_task
 from softvq.training.lock import locked
 from softvq.training.memory import peak_memory
 from softvq.training.optimizer import build_optimizer, set_learning_rates
+from softvq.training.origin import Origin
 from softvq.training.outbox import Outbox
 from softvq.training.progress import Display
 from softvq.training.resume import resume_run
 from softvq.training.run_folder import RunFolder, model_bytes
 from softvq.training.task import Batch, Task
 from softvq.training.tensorboard import Board, check_tensorboard
-from softvq.training.trace import traced
+from softvq.training.trace import check_trace, traced
 
 
 def train(
@@ -43,7 +44,8 @@ def train(
 ) -> bool:
     """Train into the run folder `out`; True when finished, False when stopped by a signal.
 
-    With `resume`, `config` must be the run's own. profile: steps to write a trace of, trace.json.
+    With `resume`, `config` must be the run's own, but for where things lie and how they are done;
+    it is kept. profile: steps to write a trace of, trace.json.
     tensorboard: also write event files. Under torchrun all ranks train together, and the first one
     writes. Raises DataError, ConfigError, RunError and TrainingError, each before anything is lost.
     """
@@ -53,19 +55,24 @@ def train(
         check_tensorboard()
     with locked(out) if writes else nullcontext(), memory_advice(config):
         with ranks.joined(config.device) as device:
-            if resume and config.model in PRIOR and run.model.exists():
-                check_prior(run, RunFolder(config.tokenizer))
             if writes:
                 if not resume:
                     run.check(overwrite)
                 run.sweep()
+            asked = config.batch_size
             config, task = load_task(config, device, quiet=quiet or not writes)
+            # As given, however few images there are: the same command then resumes the run.
+            kept = dataclasses.replace(config, batch_size=asked)
+            done = newest_step(run.checkpoints) if resume else 0
+            check_trace(profile, config.steps - done)
             if not resume and writes:
-                run.create(config)
+                run.create(kept)
             board = Board(run.events) if tensorboard and writes else None
             trainer = Trainer(config, run, task, device, quiet=quiet, profile=profile, board=board)
             if resume:
                 trainer.resume()
+                if writes:
+                    run.write_config(kept)
             finished = trainer.run_to_the_end()
         if finished and writes:
             trainer.finish()
@@ -103,6 +110,7 @@ class Trainer:
     def parts(self) -> dict[str, Stateful]:
         """What a checkpoint holds besides the progress and the random state."""
         return {
+            "origin": Origin(self.run.path, self.task.shape),  # before what may not fit it
             "model": self.model,
             "steering": self.task.steering,
             "optimizer": self.optimizer,
@@ -149,11 +157,23 @@ class Trainer:
 
     def finish(self) -> None:
         """The test split, pictures and report of the best weights."""
-        test = finish(self.config, self.run, self.task, self.progress, self.device, self.ranks)
+        with memory_advice(self.config, of_batch=False), self._completable():
+            test = finish(self.config, self.run, self.task, self.progress, self.device, self.ranks)
         if self.board:
             self.board.write(self.progress.step, "test", test)
             self.board.close()
         self.display.finished(test, self.run.report)
+
+    @contextmanager
+    def _completable(self) -> Iterator[None]:
+        """Say, when Ctrl-C ends the block, that all steps are done."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                " before the end of the test split; complete the run: softvq train --out "
+                f"{self.run.path} --resume"
+            ) from None
 
     def _batches(self) -> Iterator[Batch]:
         """This rank's parts of the batches that are still to come."""
@@ -201,7 +221,8 @@ class Trainer:
 
     def _validate(self) -> None:
         """Metrics of the validation split; the best weights so far become the run's model."""
-        values = self.task.evaluate("validation")
+        with memory_advice(self.config, of_batch=False):
+            values = self.task.evaluate("validation")
         self._write("validation", values)
         if self.board:
             self.board.show(self.progress.step, self.task.rows())

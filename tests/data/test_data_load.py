@@ -1,10 +1,13 @@
 """load_data as a whole: arguments, digits, splitting and resizing."""
 
+import shutil
+
 import pytest
 import torch
 
-from softvq.data import DATASETS, DataError, DataSplits, load_data
+from softvq.data import DATASETS, DataError, DataSplits, Reading, load_data
 from softvq.data.resize import fit
+from tests.pictures import packed, paint, picture
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +118,29 @@ def test_fit_keeps_order_across_batches():
     values = (torch.arange(1100) % 251).byte()
     resized = fit(values[:, None, None, None].expand(-1, 1, 2, 2), (3, 3))
     assert torch.equal(resized, values[:, None, None, None].expand(-1, 1, 3, 3))
+
+
+def test_a_fingerprint_tells_data_apart_wherever_they_lie(tmp_path):
+    def fingerprint(folder, **options):
+        return load_data("folder", folder, **options).fingerprint
+
+    paint(tmp_path / "one", 20)
+    one = fingerprint(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert fingerprint(tmp_path / "two") == one
+    assert fingerprint(packed(tmp_path / "one", tmp_path / "shards", 7)) == one
+    assert fingerprint(tmp_path / "one", reading=Reading(stream_above=-1)) == one
+    assert fingerprint(tmp_path / "one", seed=1) != one  # other splits
+
+    (tmp_path / "two" / "ant" / "000.png").rename(tmp_path / "two" / "ant" / "new.png")
+    renamed = fingerprint(tmp_path / "two")
+    (tmp_path / "two" / "bee").rename(tmp_path / "two" / "wasp")
+    reclassed = fingerprint(tmp_path / "two")
+    (tmp_path / "two" / "ant" / "001.png").write_bytes(picture(1, (7, 9)))
+    resized = fingerprint(tmp_path / "two", image_size=(6, 6))
+    assert len({one, renamed, reclassed, resized}) == 4
+
+
+def test_a_fingerprint_tells_data_sets_apart(digits):
+    assert load_data("digits").fingerprint == digits.fingerprint
+    assert load_data("digits", seed=1).fingerprint != digits.fingerprint

@@ -79,6 +79,21 @@ def test_the_class_of_a_sample(tmp_path):
                                  6: None}  # fmt: skip
 
 
+@pytest.mark.parametrize("leads", [True, False])
+def test_pictures_that_are_no_samples_are_told_of(tmp_path, leads):
+    members = {f"{n}.png": picture(n) for n in range(10)}
+    masks = {f"img_{n}.7.PNG": picture(n) for n in range(12)}
+    path, notes = pack(tmp_path / "x.tar", members | masks), []
+    batches, _ = load(tmp_path, Reading(stream_above=-1, note=notes.append, leads=leads))
+    assert sum(len(labels) for _, labels in batches) == 10
+    if not leads:
+        assert notes == []
+        return
+    (line,) = notes
+    assert line.startswith("12 of the pictures in shards left out, with another dot in their name")
+    assert line.endswith(f"{path}: img_9.7.PNG and 2 more")
+
+
 def damage(path, how) -> None:
     whole = path.read_bytes()
     ends = whole.rindex(b"IEND")

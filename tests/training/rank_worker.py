@@ -141,9 +141,9 @@ def validations(tokenizer):
         tiny("pixelcnn", 1, tokenizer=tokenizer), {"levels": codes.levels, "classes": 0}
     )
     torch.nn.init.normal_(predictor.networks["codes"].head[-1].weight)
-    with patch.object(evaluation, "BATCH", 50), patch.object(prior, "BATCH", 50):
+    with patch.object(evaluation, "BATCH", 50):
         seen = evaluation.evaluate(model, images.validation, CPU)
-        bits = prior.code_metrics(predictor, codes.validation, CPU)
+    bits = prior.code_metrics(predictor, codes.validation, 50, CPU)
     return {"values": seen.values, "counts": seen.counts, "bits": bits}
 
 

@@ -114,6 +114,37 @@ def test_too_little_memory_in_a_step(error, config, tmp_path, monkeypatch):
         train(config, tmp_path / "run", quiet=True)
 
 
+@pytest.mark.parametrize("method", ["evaluate", "finish"])
+def test_too_little_memory_for_a_split_has_nothing_to_do_with_the_batch(
+    method, config, tmp_path, monkeypatch
+):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(ImageTask, method, fail)
+    with pytest.raises(
+        TrainingError, match=r"lower --codebook-size \(now 8\) or --width \(now 2\)$"
+    ):
+        train(config, tmp_path / "run", quiet=True)
+
+
+def test_smaller_images_and_streamed_ones_take_less_memory():
+    folder = TrainConfig(data="folder", image_size="64", stream="off")
+    with pytest.raises(TrainingError) as caught, memory_advice(folder):
+        raise MemoryError
+    assert str(caught.value).endswith("or --image-size (now 64), or give --stream on")
+
+
+def test_too_little_memory_for_another_command(tiny_run, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(RunFolder, "load_model", fail)
+    assert main(["eval", str(tiny_run)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("softvq eval: out of memory; close ") and error.count("\n") == 1
+
+
 def test_advice_for_dense_networks_and_none_for_other_errors():
     dense = TrainConfig(model="ae", architecture="dense")
     with pytest.raises(TrainingError) as caught, memory_advice(dense):

@@ -14,9 +14,11 @@ from softvq.models import LEVEL, CodeLevel
 from softvq.training import commands
 from softvq.training.codes import SPLITS, read_codes
 from softvq.training.commands import decode, encode, evaluate_run, reconstruct, sample
+from softvq.training.config import TrainConfig
 from softvq.training.pictures import save_rows
 from softvq.training.run_folder import RunError, RunFolder
 from softvq.training.settings import ConfigError
+from softvq.training.trainer import train
 
 
 @pytest.fixture
@@ -134,6 +136,18 @@ def test_encode_other_images_of_the_same_shape(run, tmp_path):
         assert sum(len(file[name]) for name in SPLITS) == 10
 
 
+def test_encode_grey_images_with_a_model_of_colour(tmp_path):
+    settings = {"data": "folder", "steps": 1, "batch_size": 4, "width": 2, "workers": 0}
+    config = TrainConfig(data_dir=pictures(tmp_path / "colour", mode="RGB"), **settings)
+    assert train(config, tmp_path / "run", quiet=True)
+    run, grey = RunFolder(tmp_path / "run"), pictures(tmp_path / "grey")
+    with np.load(encode(run, "folder", grey, tmp_path / "codes.npz")) as file:
+        codes = torch.from_numpy(file["train"])
+    images = load_data("folder", grey).train.images.expand(-1, 3, -1, -1) / 255
+    wanted = run.load_model(torch.device("cpu")).encode_indices(images)[LEVEL]
+    assert torch.equal(codes, wanted.int())
+
+
 @pytest.mark.parametrize(("size", "mode"), [((10, 8), "L"), ((8, 8), "RGB")])
 def test_encode_images_of_another_shape(run, tmp_path, size, mode):
     folder = pictures(tmp_path / "pictures", size, mode=mode)
@@ -186,6 +200,22 @@ def test_reconstruct_names_an_image_of_another_size(run, tmp_path):
     with pytest.raises(DataError, match=r"0\.png: 9x8 pixels, expected 8x8"):
         reconstruct(run, [folder], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_reconstruct_fits_images_as_training_did(saved_rows, tmp_path):
+    folder = pictures(tmp_path / "pictures", (12, 17), mode="RGB")
+    config = TrainConfig(
+        data="folder", data_dir=folder, image_size="8", steps=1, batch_size=4, width=2, workers=0
+    )
+    assert train(config, tmp_path / "run", quiet=True)
+    paths = sorted(folder.iterdir())
+    reconstruct(RunFolder(tmp_path / "run"), paths, tmp_path / "out")
+    ((_, inputs), *_) = saved_rows
+    splits = load_data("folder", folder, image_size=(8, 8))
+    trained = torch.cat([split.images for split in splits[:3]])
+    assert len(inputs) == len(trained) == 10
+    found = {tuple(image.flatten().tolist()) for image in inputs.mul(255).round().byte()}
+    assert found == {tuple(image.flatten().tolist()) for image in trained}
 
 
 def save(**arrays):

@@ -133,7 +133,7 @@ def test_cuda_where_there_is_none(monkeypatch):
 
 def test_numbers_need_no_quotes_in_toml(tmp_path):
     path = tmp_path / "config.toml"
-    path.write_text('latent_grid = 7\ntemperature = 2.5\ndata_dir = "here"\n')
+    path.write_text('data = "folder"\nlatent_grid = 7\ntemperature = 2.5\ndata_dir = "here"\n')
     config = TrainConfig(**read_config(path))
     assert (config.latent_grid, config.temperature) == ("7", "2.5")
     assert config.data_dir == Path("here")

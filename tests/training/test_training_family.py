@@ -14,9 +14,11 @@ from softvq.quantizers import EMAVQ, VQ, GumbelVQ
 from softvq.training import images
 from softvq.training.build import build_quantizer
 from softvq.training.checkpoint import read_checkpoint
+from softvq.training.commands import evaluate_run
 from softvq.training.config import CONTINUOUS, IMAGES, MODELS, QUANTISED, TrainConfig
+from softvq.training.history import read_metrics
 from softvq.training.optimizer import build_optimizer
-from softvq.training.run_folder import RunFolder, read_metrics
+from softvq.training.run_folder import RunFolder
 from softvq.training.trainer import train
 
 every_model = pytest.mark.parametrize("model", IMAGES)
@@ -46,7 +48,7 @@ def promised_metrics(model):
 
 
 def lines_of(run, split):
-    return [line for line in read_metrics(run / "metrics.jsonl") if line["split"] == split]
+    return [line for line in read_metrics(run / "metrics.jsonl")[0] if line["split"] == split]
 
 
 def config_of(run, **changes):
@@ -113,7 +115,10 @@ def test_the_best_model_is_the_one_of_the_judging_metric(model, tiny_runs, tmp_p
 
     monkeypatch.setattr(images.ImageTask, "evaluate", staged)
     assert train(config_of(tiny_runs(model), evaluate_every=4), run, quiet=True)
-    assert json.loads((run / "summary.json").read_text())["best_step"] == 4
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["best_step"] == 4
+    assert summary["test"] == pytest.approx(evaluate_run(RunFolder(run), "test"), rel=1e-5)
+    (run / "eval-test.json").unlink()
     assert {path.name for path in (run / "checkpoints").iterdir()} == {
         "step-4",
         "step-8",

@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
+from softvq import data
 from softvq.quantizers import Quantizer
 from softvq.training import images
 from softvq.training.config import MODELS, PRIOR, TrainConfig
@@ -54,6 +55,7 @@ def engine_of(monkeypatch, model, **settings) -> tuple[Engine, images.Batch]:
     Without the two parts that fake tensors cannot follow: autograd's engine and fused AdamW.
     """
     monkeypatch.setattr(images, "any", lambda found: False, raising=False)  # unlabelled images?
+    monkeypatch.setattr(data, "fingerprint", lambda *_: "")  # of labels that are not there
     monkeypatch.setattr(Quantizer, "_initialise", lambda *_: None)  # k-means waits, once
     config = TrainConfig(data="digits", model=model, steps=100, batch_size=BATCH, **settings)
     config, task = load_task(config, CUDA)

@@ -51,8 +51,9 @@ def trainer_of(run, tmp_path, **changes):
 
 
 def state_of(trainer):
-    """Everything that lasts, cloned."""
-    parts = {name: part.state_dict() for name, part in trainer.parts.items() if name != "losses"}
+    """Everything that lasts and moves, cloned."""
+    left_out = ("losses", "origin")
+    parts = {n: part.state_dict() for n, part in trainer.parts.items() if n not in left_out}
     return torch.utils._pytree.tree_map(
         lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, parts
     )

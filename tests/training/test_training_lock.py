@@ -64,9 +64,11 @@ def test_nothing_is_left_of_a_lock(folder):
     mine = f"process {os.getpid()} on "
     with locked(folder), pytest.raises(RunError, match=mine), locked(folder):
         pass
-    assert list(folder.iterdir()) == []
+    assert not folder.exists()
+    folder.mkdir()
     with locked(folder):
         pass
+    assert list(folder.iterdir()) == []
 
 
 def test_a_lock_whose_file_was_removed_by_its_owner(folder, monkeypatch):

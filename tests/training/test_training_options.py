@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from softvq.training.load import load_task
 from softvq.training.memory import activation_bytes, peak_memory
 from softvq.training.plan import memory
 from softvq.training.run_folder import RunFolder
+from softvq.training.settings import ConfigError
 from softvq.training.tensorboard import Board, picture
 from softvq.training.trainer import train
 
@@ -116,7 +118,22 @@ def test_a_trace_of_some_steps_changes_nothing(config, tiny_run, tmp_path, monke
 def test_a_trace_of_no_steps(value, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["train", "--profile", value])
-    assert caught.value.code == 2 and "--profile" in capsys.readouterr().err
+    assert caught.value.code == 2
+    line = f"argument --profile: {value} is not allowed; it must be at least 1"
+    assert line in capsys.readouterr().err
+
+
+def test_a_trace_needs_steps(config, tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"a trace of 1 steps needs 13, .* has 12 to go"):
+        train(config, run, quiet=True, profile=1, overwrite=True)
+    with pytest.raises(ConfigError, match=r"a trace of 1 steps needs 13, .* has 0 to go"):
+        train(config, run, quiet=True, profile=1, resume=True)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    longer = dataclasses.replace(config, steps=13)
+    assert train(longer, run, quiet=True, profile=1, overwrite=True)
+    assert (run / "trace.json").is_file()
 
 
 def test_without_tensorboard(tmp_path, monkeypatch, capsys):

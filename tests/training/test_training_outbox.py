@@ -187,6 +187,16 @@ def test_stale_temporary_files_are_removed(config, tiny_run, tmp_path):
     assert leftovers(run) == []
 
 
+def test_a_resumed_run_leaves_out_torn_lines_and_says_so(config, tiny_run, tmp_path, capsys):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text('{"step": 1, "spl\n' + text + '{"step": 13}\n{"st')
+    assert train(config, run, resume=True, quiet=True)
+    error = capsys.readouterr().err
+    assert error == f"warning: {run}/metrics.jsonl: 3 torn lines left out\n"
+    assert metrics_of(run) == metrics_of(tiny_run)
+
+
 def damage(path):
     path.write_bytes(path.read_bytes()[:-10])
 

@@ -14,9 +14,14 @@ from softvq.models import CodePrior
 from softvq.training.codes import encode_splits
 from softvq.training.commands import evaluate_run
 from softvq.training.config import TrainConfig
-from softvq.training.likelihood import order0_bits_per_latent
+from softvq.training.history import read_metrics
+from softvq.training.likelihood import (
+    discretised_logistic_log_likelihood,
+    fit_scales,
+    order0_bits_per_latent,
+)
 from softvq.training.prior import code_metrics, prior_metrics
-from softvq.training.run_folder import RunFolder, read_metrics
+from softvq.training.run_folder import RunFolder
 from softvq.training.trainer import train
 
 CPU = torch.device("cpu")
@@ -27,7 +32,7 @@ every_tokenizer = pytest.mark.parametrize("tokenizer", CODED)
 
 
 def lines_of(run, split):
-    return [line for line in read_metrics(run / "metrics.jsonl") if line["split"] == split]
+    return [line for line in read_metrics(run / "metrics.jsonl")[0] if line["split"] == split]
 
 
 def results_of(run):
@@ -99,6 +104,22 @@ def test_the_codes_share_of_the_bits_per_dimension(tokenizer, tiny_runs):
     assert test["bits_per_dim"] > test["bits_per_dim_of_codes"]
 
 
+@torch.no_grad()
+@every_tokenizer
+def test_an_image_costs_its_codes_and_what_is_left_of_it(tokenizer, tiny_runs):
+    """By the scales that fit the validation images best."""
+    _, model, images, codes = loaded(tiny_runs("pixelcnn", tokenizer))
+    decoded = {
+        split: model.decode_indices(getattr(codes, split).batch(slice(None))[0])
+        for split in ("validation", "test")
+    }
+    scales = fit_scales([(decoded["validation"], images.validation.images)])
+    nats = discretised_logistic_log_likelihood(decoded["test"], images.test.images, scales)
+    test = results_of(tiny_runs("pixelcnn", tokenizer))
+    left = test["bits_per_dim"] - test["bits_per_dim_of_codes"]
+    assert left == pytest.approx(-nats.mean().item() / 64 / math.log(2), rel=1e-6)
+
+
 @every_tokenizer
 def test_the_model_of_order_0_counts_the_training_codes(tokenizer, tiny_runs):
     run = tiny_runs("pixelcnn", tokenizer)
@@ -116,7 +137,7 @@ def test_evaluation_finds_what_the_prior_says_of_each_image(tokenizer, tiny_runs
     grids, labels = codes.test.batch(slice(None))
     assert torch.equal(labels, images.test.labels)
     nats = prior.log_likelihood(grids, labels).mean().item()
-    bits = code_metrics(prior, codes.test, CPU)["bits_per_latent"]
+    bits = code_metrics(prior, codes.test, 1000, CPU)["bits_per_latent"]
     assert bits == pytest.approx(-nats / math.log(2) / prior.latents, rel=1e-5)
     unlabelled = prior.log_likelihood(grids).mean().item()
     assert unlabelled != pytest.approx(nats, rel=1e-6)
@@ -124,9 +145,9 @@ def test_evaluation_finds_what_the_prior_says_of_each_image(tokenizer, tiny_runs
 
 def test_evaluation_keeps_the_mode_of_the_model(tiny_runs):
     prior, _, _, codes = loaded(tiny_runs("pixelcnn"))
-    quiet = code_metrics(prior, codes.validation, CPU)
+    quiet = code_metrics(prior, codes.validation, 1000, CPU)
     prior.train()
-    assert code_metrics(prior, codes.validation, CPU) == quiet  # without dropout all the same
+    assert code_metrics(prior, codes.validation, 1000, CPU) == quiet  # without dropout all the same
     assert prior.training
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from softvq.training.history import read_history
 from softvq.training.pictures import save_codebook_usage, save_rows
-from softvq.training.report import read_history, write_report
+from softvq.training.report import write_report
 
 VOID = {"meta", "link", "img", "path"}
 TEST = {
@@ -318,3 +319,20 @@ def test_a_resumed_run_keeps_the_later_value_of_a_step(tmp_path: Path) -> None:
     history, unreadable = read_history(tmp_path / "metrics.jsonl")
     assert history == {"train": {5: {"loss": 2.0}, 6: {"loss": 3}}}
     assert unreadable == 1
+
+
+TORN = ['{"step', "", "7", "null", '["step"]', '{"loss": 1}', '{"step": 1, "split": 2}', "\\xff"]
+
+
+def test_lines_that_are_no_metrics_are_counted(tmp_path: Path) -> None:
+    line = {"step": 5, "split": "train", "loss": 1.0}
+    write_run(tmp_path, [line], tail="\n".join(TORN) + "\n")
+    history, unreadable = read_history(tmp_path / "metrics.jsonl")
+    assert (history, unreadable) == ({"train": {5: {"loss": 1.0}}}, len(TORN))
+    write_report(tmp_path)
+
+
+def test_a_damaged_summary_is_named(finished: Path) -> None:
+    (finished / "summary.json").write_text('{"test": ')
+    with pytest.raises(ValueError, match=f"^{re.escape(str(finished))}/summary.json: cannot be"):
+        write_report(finished)

@@ -135,8 +135,7 @@ def test_what_can_be_done_afterwards(folder, in_memory, streamed_run, tmp_path):
 
 def test_other_data_have_no_such_settings(in_memory, tmp_path):
     run = RunFolder(shutil.copytree(in_memory / "soft-vqvae", tmp_path / "run"))
-    with pytest.raises(Exception, match="images of shape"):  # and not: does not apply to digits
-        encode(run, "digits", None, tmp_path / "codes.npz")
+    assert encode(run, "digits", None, tmp_path / "codes.npz").is_file()
 
 
 # When to stream.

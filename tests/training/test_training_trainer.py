@@ -242,6 +242,9 @@ def test_a_run_that_diverges_exits_with_1_and_one_line(tmp_path, capsys):
 def test_a_batch_larger_than_the_data_is_all_of_it(config, tmp_path):
     big = dataclasses.replace(config, batch_size=100_000, steps=1)
     assert train(big, tmp_path / "run", quiet=True)
+    whole = dataclasses.replace(config, batch_size=1293, steps=1)
+    assert train(whole, tmp_path / "whole", quiet=True)
+    same_runs(tmp_path / "run", tmp_path / "whole")
 
 
 def test_learning_rates(config):

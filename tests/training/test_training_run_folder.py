@@ -1,0 +1,72 @@
+"""The run folder: it holds a run and nothing else, and only what a run left is ever removed."""
+
+import shutil
+
+import pytest
+
+from softvq.cli import main
+from softvq.training.run_folder import RunError, RunFolder
+from softvq.training.trainer import train
+from tests.pictures import paint
+
+FOREIGN = ("photo.png", "eval-mine.json", "notes.txt", ".draft.tmp", "tensorboard/plan.txt",
+           "checkpoints/other/model.pt", "checkpoints/last.ckpt")  # fmt: skip
+
+
+@pytest.fixture
+def config(tiny_run):
+    return RunFolder(tiny_run).read_config()
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def add(folder, name):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
+    return path
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_other_files_is_refused(config, tmp_path, name, overwrite):
+    add(tmp_path, name)
+    before = contents(tmp_path)
+    with pytest.raises(RunError, match=r"holds no run but other files, such as .*--out"):
+        train(config, tmp_path, overwrite=overwrite, quiet=True)
+    assert contents(tmp_path) == before
+
+
+def test_pictures_are_not_lost_to_a_run_in_their_folder(tmp_path, capsys):
+    folder = paint(tmp_path / "pictures", 10)
+    flat = [path.rename(folder / path.name) for path in folder.rglob("*.png")]
+    options = ["--data", "folder", "--data-dir", str(folder), "--out", str(folder)]
+    with pytest.raises(SystemExit) as caught:
+        main(["train", *options, "--steps", "1", "--quiet"])
+    assert caught.value.code == 2
+    assert "holds no run but other files" in capsys.readouterr().err
+    assert all(path.is_file() for path in flat)
+
+
+def test_overwriting_removes_the_run_and_nothing_else(config, tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    kept = [add(run, name) for name in FOREIGN]
+    gone = [add(run, name) for name in ("eval-test.json", "trace.json", "tensorboard/events.1")]
+    run = RunFolder(run)
+    run.check(overwrite=True)
+    run.sweep()
+    run.create(config)
+    left = {path for path in run.path.rglob("*") if path.is_file()}
+    assert left == {*kept, run.config}
+    assert not {*gone} & left
+
+
+def test_a_run_begins_where_another_was_killed_while_it_began(config, tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    (run / "config.toml").unlink()
+    add(run, ".config.toml.123.tmp")
+    add(run, "checkpoints/.step-9.tmp/state.json")
+    assert train(config, run, quiet=True)
+    assert not list(run.rglob("*.tmp"))
