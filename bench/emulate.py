@@ -63,7 +63,7 @@ def errors(inputs: str, dim: int, kind: str) -> Iterator[Row]:
         return Problem(problem.z.to(latents), problem.codebook.to(codebook), problem.temperature)
 
     rounded = {} if latents == torch.float32 else {"matmul": matmul_in(latents)}
-    found = errors_over_draws(fused, draw, None, GRADIENTS.get(kind, ALL), draws=1, **rounded)
+    found = errors_over_draws(fused, draw, None, GRADIENTS.get(kind, ALL), draws=2, **rounded)
     for name, error in found.items():
         row = {"metric": name, "error": error.ours, "plain": error.plain}
         yield row | judged(error.ours, error.allowed(factor(name)))

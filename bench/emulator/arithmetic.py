@@ -81,7 +81,11 @@ def _elementwise(m: Machine, i: Instruction) -> None:
         operation = np.divide
     if "NaN" in i.name:
         operation = {"max": np.maximum, "min": np.minimum}[i.name[0]]
-    values = [m.get(x, i.type) for x in i.operands[1:]]
+    if i.name[-2] == "f32":  # float32, but for all sources except the last
+        *halves, last = i.operands[1:]
+        values = [from_16(m.get(x, "b16"), i.type) for x in halves] + [m.get(last, "f32")]
+    else:
+        values = [m.get(x, i.type) for x in i.operands[1:]]
     if i.type == "f32x2":  # both halves of 64 bits
         values = [np.ascontiguousarray(x).view(np.float32) for x in values]
     if "ftz" in i.name:
