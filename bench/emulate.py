@@ -44,7 +44,8 @@ COLUMNS = (
     *("architecture", "inputs", "dim", "kind", "metric", "error", "plain", "allowed"),
     *("status", "triton", "date"),
 )
-QUICK = {"inputs": ("bf16", "fp32 highest"), "dim": (64,)}
+KINDS = ("q", "all", *LONG, "hard")
+QUICK = {"inputs": ("bf16", "fp32 highest"), "dim": (64,), "kind": ("all", "hard")}
 
 
 def errors(inputs: str, dim: int, kind: str) -> Iterator[Row]:
@@ -63,7 +64,8 @@ def errors(inputs: str, dim: int, kind: str) -> Iterator[Row]:
         return Problem(problem.z.to(latents), problem.codebook.to(codebook), problem.temperature)
 
     rounded = {} if latents == torch.float32 else {"matmul": matmul_in(latents)}
-    found = errors_over_draws(fused, draw, None, GRADIENTS.get(kind, ALL), draws=2, **rounded)
+    names, draws = GRADIENTS.get(kind, ALL), 1 if kind in LONG else 2
+    found = errors_over_draws(fused, draw, None, names, draws, **rounded)
     for name, error in found.items():
         row = {"metric": name, "error": error.ours, "plain": error.plain}
         yield row | judged(error.ours, error.allowed(factor(name)))
@@ -85,14 +87,16 @@ def hard_errors(inputs: str, dim: int) -> Iterator[Row]:
 
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[int, str, int, str]]:
-    """Architecture, inputs, D, and what is done: a key of GRADIENTS or LONG, or "hard"."""
+    """Architecture, inputs, D, and what is done, one of KINDS."""
     for architecture in options.architecture:
         for inputs in options.inputs:
             for dim in options.dim:
-                exact = INPUTS[inputs][2] not in REDUCED_PRECISION
-                kinds = ["q", *(LONG if dim == DIMS[1] else ())] if exact else []
-                for kind in (*kinds, "all", "hard"):
-                    yield architecture, inputs, dim, kind
+                left_out = set() if dim == 64 else set(LONG)
+                if INPUTS[inputs][2] in REDUCED_PRECISION:  # whose bounds are those of "all"
+                    left_out = {"q", *LONG}
+                for kind in options.kind:
+                    if kind not in left_out:
+                        yield architecture, inputs, dim, kind
 
 
 def run(architecture: int, inputs: str, dim: int, kind: str) -> list[Row]:
@@ -114,7 +118,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--architecture", type=int, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--inputs", nargs="+", choices=INPUTS, default=tuple(INPUTS))
     parser.add_argument("--dim", type=int, nargs="+", default=DIMS, help="1 to 256")
-    parser.add_argument("--quick", action="store_true", help="bf16 and fp32, D = 64")
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS, help="what is done")
+    parser.add_argument("--quick", action="store_true", help="bf16 and fp32, D = 64, all and hard")
     parser.add_argument("--out", type=Path)
     if "--quick" in arguments:
         parser.set_defaults(**QUICK)
