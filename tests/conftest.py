@@ -1,4 +1,5 @@
 import os
+import shutil
 
 import pytest
 import torch
@@ -76,3 +77,15 @@ def tiny_runs(tmp_path_factory):
 def tiny_run(tiny_runs):
     """The finished run of a Soft VQ-VAE. Copy it before changing it."""
     return tiny_runs("soft-vqvae")
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path):
+    """A copy of it, to be changed."""
+    return shutil.copytree(tiny_run, tmp_path / "run")
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Nothing a test forgets to place lands in the checkout."""
+    monkeypatch.chdir(tmp_path)

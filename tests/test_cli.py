@@ -17,17 +17,7 @@ from softvq.training.config import TrainConfig
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("train", "eval", "reconstruct", "encode", "decode", "sample", "report")
 FAST = ("--steps", "2", "--width", "2", "--quiet")
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Nothing a test forgets to place lands in the checkout."""
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def run(tiny_run, tmp_path):
-    return shutil.copytree(tiny_run, tmp_path / "run")
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def refused(capsys, *arguments):

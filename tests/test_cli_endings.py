@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,17 +16,7 @@ from softvq.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 FAST = ("--steps", "2", "--width", "2", "--quiet")
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Nothing a test forgets to place lands in the checkout."""
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def run(tiny_run, tmp_path):
-    return shutil.copytree(tiny_run, tmp_path / "run")
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), OSError("broken")], ids=str)
