@@ -37,13 +37,14 @@ class PartedWays(Exception):
 
 def run(launch: Launch, programs: np.ndarray) -> int:
     """Run these programs, by their numbers in the grid; the number of instructions."""
-    machine = Machine(launch, programs)
+    machine, before = Machine(launch, programs), launch.memory.snapshot()
     try:
         with np.errstate(all="ignore"):
             machine.run()
         return machine.executed
     except PartedWays as error:
         (these,) = error.args
+        launch.memory.restore(before)  # or what they have added would be added twice
         return run(launch, programs[these]) + run(launch, programs[~these])
 
 

@@ -31,6 +31,14 @@ class GlobalMemory:
             views = {size: data[: len(data) // size * size].view(f"u{size}") for size in (1, 2, 4)}
             self._views.append(views)
 
+    def snapshot(self) -> list[np.ndarray]:
+        """What is there now, for `restore`."""
+        return [views[1].copy() for views in self._views]
+
+    def restore(self, snapshot: list[np.ndarray]) -> None:
+        for views, data in zip(self._views, snapshot, strict=True):
+            views[1][:] = data
+
     def load(self, address, mask, size: int, count: int) -> list[np.ndarray]:
         """`count` arrays (programs, threads); zero where the mask is not set."""
         if not mask.any():

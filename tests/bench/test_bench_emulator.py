@@ -93,6 +93,25 @@ $L_again:
     assert y.view(3, -1).float().mean(1).tolist() == [1, 2, 3]
 
 
+def test_programs_that_part_ways_add_once():
+    """Those that a matrix unit serves are then run apart, from the start."""
+    y = launch(
+        """
+        mov.b32 %r5, 0;
+        mov.b32 %r6, 0f3F800000;
+        wgmma.fence.sync.aligned;
+$L_again:
+        red.global.add.f32 [%rd2], %r6;
+        add.s32 %r5, %r5, 1;
+        setp.le.s32 %p1, %r5, %r2;
+        @%p1 bra $L_again;
+        """,
+        torch.zeros(3 * THREADS),
+        programs=3,
+    )
+    assert y.view(3, -1).mean(1).tolist() == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("access", "message"),
     [
