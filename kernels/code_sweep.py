@@ -237,6 +237,7 @@ def _code_sweep_kernel(
             )
         elif values_pointer is None:
             column += tl.sum(p, 1)
+        # Not after the last product: for sm_100, sums that no other follows are not zeroed.
         if CHUNK > 0 and (done + ROWS) % CHUNK == 0 and done + ROWS < length:
             # [CODES, WIDTH]
             add_rows(sums_pointer, PAD, sums * operand_scale, CODES, WIDTH)

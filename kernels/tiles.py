@@ -91,6 +91,7 @@ _BLACKWELL: Table = _HOPPER | {
     ),
     ("row_gradients, all", "split"): (Tile(64, 64, 4, 1), Tile(64, 32, 8), Tile(64, 64, 8, 1, 2)),
     ("code_sweep", "mixed"): (Tile(128, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
+    # One stage: what triton 3.9 makes of two overwrites an operand of a product under way.
     ("code_sweep", "split"): (Tile(64, 128, 8, 1), Tile(32, 128, 8, 1), Tile(64, 128, 8, 1, 2)),
     ("code_sweep, all", "mixed"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
     ("code_sweep, all", "split"): (

@@ -35,17 +35,17 @@ class PartedWays(Exception):
     mask and the rest apart."""
 
 
-def run(launch: Launch, programs: np.ndarray) -> int:
-    """Run these programs, by their numbers in the grid; the number of instructions."""
-    machine, before = Machine(launch, programs), launch.memory.snapshot()
+def run(launch: Launch, programs: np.ndarray) -> None:
+    """Run these programs, by their numbers in the grid."""
+    before = launch.memory.snapshot()
     try:
         with np.errstate(all="ignore"):
-            machine.run()
-        return machine.executed
+            Machine(launch, programs).run()
     except PartedWays as error:
         (these,) = error.args
         launch.memory.restore(before)  # or what they have added would be added twice
-        return run(launch, programs[these]) + run(launch, programs[~these])
+        run(launch, programs[these])
+        run(launch, programs[~these])
 
 
 class Machine:
@@ -58,7 +58,6 @@ class Machine:
         self.copies = transfers.Copies(self.shared)
         self.products = matrix_unit.Products()
         self.tensor_memory = tensor_memory.TensorMemory(len(programs))
-        self.executed = 0
         thread = np.arange(threads)
         special = {
             "%tid.x": thread,
@@ -93,7 +92,6 @@ class Machine:
                 continue
             here = position[ready].min()
             self._active = ready & (position == here)
-            self.executed += 1
             instruction = program.instructions[here]
             position[self._active] += 1
             mask = self.mask(instruction)
