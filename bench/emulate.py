@@ -104,7 +104,7 @@ def run(architecture: int, inputs: str, dim: int, kind: str) -> list[Row]:
     base = {"architecture": f"sm_{architecture}", "inputs": inputs, "dim": dim, "kind": kind}
     base |= {"triton": triton.__version__, "date": datetime.date.today().isoformat()}
     torch.manual_seed(0)
-    with emulated(architecture), patch.object(code_sweep, "_splits", lambda *_: SPLITS):
+    with emulated(architecture), patch.object(code_sweep, "_splits", lambda **_: SPLITS):
         try:
             found = hard_errors(inputs, dim) if kind == "hard" else errors(inputs, dim, kind)
             return [{name: as_text(x) for name, x in (base | row).items()} for row in found]

@@ -96,12 +96,13 @@ def main(arguments: list[str]) -> int:
             for dim in options.dim or [64]
             for dtype in options.dtype or ["float32"]
         ]
-    dtypes = list({setting.dtype for _, setting in chosen})
-    limits = measure_limits(device, dtypes)
+    limits = measure_limits(device, list({setting.dtype for _, setting in chosen}))
     print_limits(results.replace("limits", limits))
     rows: list[Row] = []
     for group, setting in chosen:
-        rows += measure(GROUPS[group](setting), group, setting, limits, deadline)
+        names = tuple(options.candidates)
+        candidates = [c for c in GROUPS[group](setting) if c.name.startswith(names)]
+        rows += measure(candidates, group, setting, limits, deadline)
         written = results.replace("op", rows)
     report(written)
     print(f"\nwritten to {results.path}")
@@ -117,6 +118,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--codes", type=int, nargs="+", help="K, instead of the usual settings")
     parser.add_argument("--dim", type=int, nargs="+", help="D, instead of the usual settings")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
+    parser.add_argument("--candidates", nargs="+", default=[""], help="how their names begin")
     parser.add_argument("--minutes", type=float, default=60, help="start nothing after that")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the devices' folders")
     return parser.parse_args(arguments)

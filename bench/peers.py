@@ -1,8 +1,9 @@
 """The same operator by attention and by KeOps. Where each setup comes from: bench/README.md."""
 
 import math
+import multiprocessing
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -97,6 +98,12 @@ def flex(setting: Setting) -> Run:
 
 def keops(setting: Setting) -> Run:
     """KeOps' softmax-weighted sum of the codes: no N×K matrix, (z−c)² formed in registers."""
+    if setting.device.type == "cuda":
+        _try_keops(setting._replace(rows=8, codes=8))
+    return _keops(setting)
+
+
+def _keops(setting: Setting) -> Run:
     import pykeops
     from pykeops.torch import LazyTensor
 
@@ -108,3 +115,20 @@ def keops(setting: Setting) -> Run:
         return Outputs((-distance / setting.temperature).sumsoftmaxweight(codes, dim=1))
 
     return run
+
+
+@cache
+def _try_keops(setting: Setting) -> None:
+    """Raise RuntimeError where KeOps ends the process, which the other candidates need: on an H200,
+    KeOps 2.3 with the CUDA 13 of torch 2.11 does.
+    """
+    process = multiprocessing.get_context("spawn").Process(target=_use_keops, args=(setting,))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"ends its process with exit code {process.exitcode}")
+
+
+def _use_keops(setting: Setting) -> None:
+    z, codebook, grad = setting.draw(0)
+    torch.autograd.grad(_keops(setting)(z, codebook).quantized, (z, codebook), grad)

@@ -5,6 +5,7 @@ import datetime
 import hashlib
 import platform
 import re
+import shlex
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -108,7 +109,7 @@ def device_name(device: torch.device) -> str:
 
 def line() -> str:
     """The command line, as anyone would type it."""
-    return " ".join(["python -m bench", *sys.argv[1:]])
+    return f"python -m bench {shlex.join(sys.argv[1:])}".strip()
 
 
 def as_text(value: object) -> str:

@@ -10,6 +10,8 @@ product. Gradients of 22 bits do not stand that for long: after a chunk of rows 
 together is added to the partial sum in memory, and rounded there.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -29,10 +31,10 @@ from softvq.kernels.primitives import (
 )
 from softvq.kernels.prologue import PreparedCodebook
 
-# At most, unless one partial sum alone is larger.
-PARTIAL_BYTES = 7 * 2**20
+# Partial sums may always take the first; and where there are few rows, of each of which 12 bytes
+# are kept for the backward, what these leave of the second.
+PARTIAL_BYTES, BACKWARD_BYTES = 8 * 2**20, 20 * 2**20
 _CHUNK = 128  # rows; a multiple of the tiles'
-_PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
 def launch(
@@ -58,10 +60,21 @@ def launch(
     padded_codes, pad = prepared.high.shape[1:]
     width = 1 if values is None and row_shift is None else pad
     strides = (0, 0) if values is None else values.stride()[:2]
+    more = grad_entropy is not None or code_gradient is not None
+    kernel: tiles.Kernel = "code_sweep, all" if more else "code_sweep"
+    processors = 4
+    if z.is_cuda:
+        processors = torch.cuda.get_device_properties(z.device).multi_processor_count
 
     def run(tile: tiles.Tile):
         blocks = triton.cdiv(codes, tile.codes)
-        splits = _splits(rows, heads, blocks, 4 * heads * padded_codes * width, tile, z.device)
+        splits = _splits(
+            programs=blocks * heads,
+            most=triton.cdiv(rows, tile.rows),
+            partial_bytes=4 * heads * padded_codes * width,
+            rows=rows * heads,
+            together=processors * tiles.resident(kernel, how.operands, dim, tile),
+        )
         # In whole tiles, so that only the last range ends inside one.
         rows_per_split = triton.cdiv(triton.cdiv(rows, tile.rows), splits) * tile.rows
         shape = (splits, heads, padded_codes, width)
@@ -80,20 +93,18 @@ def launch(
         return compiled, partial[:, :, :codes, : min(width, dim)].sum(0)
 
     parts = [x is not None for x in (values, grad_entropy, code_gradient, row_shift)]
-    more = grad_entropy is not None or code_gradient is not None
-    kernel = "code_sweep, all" if more else "code_sweep"
     return run(tiles.choose(kernel, how, z, padded_codes, run, *parts))[1]
 
 
-def _splits(
-    rows: int, heads: int, blocks: int, partial_bytes: int, tile: tiles.Tile, device: torch.device
-) -> int:
-    """How many ranges the rows are cut into: enough programs, little memory, no empty range."""
-    multiprocessors = 4
-    if device.type == "cuda":
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = triton.cdiv(_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, blocks * heads)
-    return max(1, min(wanted, triton.cdiv(rows, tile.rows), PARTIAL_BYTES // partial_bytes))
+@functools.lru_cache
+def _splits(programs: int, most: int, partial_bytes: int, rows: int, together: int) -> int:
+    """Into how many ranges, at most, the rows are cut, if one takes so many programs: into the
+    fewest that processors which run so many together finish, within a twentieth, first.
+    """
+    memory = max(PARTIAL_BYTES, BACKWARD_BYTES - 12 * rows) // partial_bytes
+    most = max(1, min(most, memory, triton.cdiv(4 * together, programs)))
+    times = [triton.cdiv(splits * programs, together) / splits for splits in range(1, most + 1)]
+    return 1 + next(i for i, time in enumerate(times) if time <= 1.05 * min(times))
 
 
 @triton.jit
@@ -180,11 +191,13 @@ def _code_sweep_kernel(
     if values_pointer is not None:
         values_pointer += head * values_head_stride
     length = (end - begin).to(tl.int32)
+    offsets = tl.arange(0, ROWS)
     for done in tl.range(0, length, ROWS, num_stages=STAGES, disable_licm=PARTS > 1):
         start = begin + done
         first_row = tile_start(start, rows, ROWS, WHOLE_TILES)
-        row = first_row + tl.arange(0, ROWS)
-        mask = (row >= start) & (row < end)
+        # [ROWS]; 32 bits, and pointers to the first row: what changes is the same for all of them
+        repeated = (start - first_row).to(tl.int32)
+        mask = (offsets >= repeated) & (offsets < repeated + length - done)
         rows_left = ROWS if WHOLE_TILES else rows
         # of each part [ROWS, WIDTH]
         z_high, z_low, z_scale, _ = load_operand(
@@ -192,8 +205,9 @@ def _code_sweep_kernel(
             *(SPLIT_LATENTS, OPERAND, ROWS, DIM, PAD, PARTS),
         )
         # [ROWS]; where nothing counts every weight is 0, and finite the score it is multiplied with
-        best = tl.load(row_state_pointer + row, mask=mask, other=tl.minimum(1e37 / scale, 1e37))
-        inverse_total = tl.load(row_state_pointer + heads * rows + row, mask=mask, other=0.0)
+        state_pointer = row_state_pointer + first_row
+        best = tl.load(state_pointer + offsets, mask=mask, other=tl.minimum(1e37 / scale, 1e37))
+        inverse_total = tl.load(state_pointer + heads * rows + offsets, mask=mask, other=0.0)
         # [CODES, ROWS]
         zeros = tl.zeros([CODES, ROWS], tl.float32)
         product = score_product(
@@ -216,7 +230,7 @@ def _code_sweep_kernel(
             )
         if row_shift_pointer is not None:
             # [CODES, ROWS]: (2/T)(a_nk − δ_n + λ_n), the factor costs nothing inside the fma
-            row_shift = tl.load(row_shift_pointer + row, mask=mask, other=0.0)
+            row_shift = tl.load(row_shift_pointer + first_row + offsets, mask=mask, other=0.0)
             rise = -row_shift[None, :]
             if values_pointer is not None:
                 along = score_product(code, code_low, value, value_low, zeros, SPLIT_ALL, SPLIT_ALL)
@@ -225,7 +239,8 @@ def _code_sweep_kernel(
             if code_gradient_pointer is not None:
                 rise += code_gradient[:, None]
             if grad_entropy_pointer is not None:
-                grad_entropy = tl.load(grad_entropy_pointer + row, mask=mask, other=0.0)
+                entropy_pointer = grad_entropy_pointer + first_row
+                grad_entropy = tl.load(entropy_pointer + offsets, mask=mask, other=0.0)
                 factor = -2.0 * LN_2 * inverse_temperature * grad_entropy
                 rise = tl.fma(relative, factor[None, :], rise)
             gradient = p * rise
@@ -243,6 +258,9 @@ def _code_sweep_kernel(
             add_rows(sums_pointer, PAD, sums * operand_scale, CODES, WIDTH)
             sums = tl.zeros([CODES, WIDTH], tl.float32)
 
+    if CHUNK > 0:
+        # What adds the rest may lie in other threads, and the order of a sum decides its bits.
+        tl.debug_barrier()
     if row_shift_pointer is None and values_pointer is None:
         tl.store(partial_pointer + out + codes, column)
     else:
@@ -252,7 +270,7 @@ def _code_sweep_kernel(
         if SPLIT_CODEBOOK:
             low_pointer += first * PAD + FIRST
         store_with_terms(
-            *(sums_pointer, PAD, CODES, sums * operand_scale),
+            *(sums_pointer, PAD, 0, CODES, sums * operand_scale),
             *(column, high_pointer, PAD, column, low_pointer, PAD, None, CODES, WIDTH, WIDTH),
             *(MOVES, MOVES and SPLIT_CODEBOOK, CHUNK > 0),
         )

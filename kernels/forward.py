@@ -105,6 +105,7 @@ def _forward_kernel(
     """One program: ROWS latents of one head against all codes."""
     start = tile_start(tl.program_id(0) * ROWS, rows, ROWS, WHOLE_TILES)
     rows_left = ROWS if WHOLE_TILES else rows - start
+    repeated = (tl.program_id(0) * ROWS - start).to(tl.int32)
     head = tl.program_id(1).to(tl.int64)
     inverse_temperature = 1.0 / tl.load(temperature_pointer).to(tl.float32)
     OPERAND: tl.constexpr = high_pointer.dtype.element_ty
@@ -188,6 +189,7 @@ def _forward_kernel(
         store_rows(
             quantized_pointer + row * DIM + FIRST,
             DIM,
+            repeated,
             rows_left,
             quantized,
             ROWS,
@@ -206,7 +208,7 @@ def _forward_kernel(
         log_partition = LN_2 * (log_total - residue) - squared_distance * inverse_temperature
         entropy = LN_2 * (log_total - weighted / total)
         offsets = tl.arange(0, ROWS)
-        mask = offsets < rows_left
+        mask = (offsets >= repeated) & (offsets < rows_left)
         tl.store(log_partition_pointer + row + offsets, log_partition, mask=mask)
         tl.store(entropy_pointer + row + offsets, entropy, mask=mask)
         tl.store(indices_pointer + row + offsets, index.to(tl.int64), mask=mask)

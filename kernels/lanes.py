@@ -62,16 +62,16 @@ def nearest_of_quad(
     is_best = best == tl.max(best, 1)[:, None]
     quad = block + 4 * tl.arange(0, 8)[None, :]
     # A row of NaN has no best code; its index must be one that can be gathered.
-    quad = tl.min(tl.where(is_best, quad, codes - 1), 1)
-    index = quad
-    nearest = tl.full([best.shape[0]], float("inf"), tl.float32)
-    for candidate in range(4):
-        distance = squared_distances(
-            *(z_pointer, row_stride, rows_left, quad + candidate),
-            *(high_pointer, low_pointer, mean_pointer, unit, DIM, PAD),
-        )
-        # Padding is no code, however near.
-        closer = (distance < nearest) & (quad + candidate < codes)
-        index = tl.where(closer, quad + candidate, index)
-        nearest = tl.where(closer, distance, nearest)
-    return index, nearest
+    last = codes - 1
+    quad = tl.min(tl.where(is_best, quad, last // 4 * 4), 1)
+    # [ROWS, 4]
+    index = quad[:, None] + tl.arange(0, 4)[None, :]
+    distances = squared_distances(
+        *(z_pointer, row_stride, rows_left, index),
+        *(high_pointer, low_pointer, mean_pointer, unit, DIM, PAD),
+    )
+    # Padding is no code, however near.
+    distances = tl.where(index < codes, distances, float("inf"))
+    # [ROWS]
+    nearest = tl.min(distances, 1)
+    return tl.min(tl.where(distances == nearest[:, None], index, last), 1), nearest

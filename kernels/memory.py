@@ -13,7 +13,8 @@ def tile_start(
     """Where the tile of rows begins that is due at row `first`, in 64 bits.
 
     With WHOLE_TILES, where there are at least ROWS rows, the last one begins early enough to be
-    whole, so that nothing needs a mask; it then repeats rows of the tile before.
+    whole, so that no load needs a mask. It then repeats rows of the tile before, which stores them:
+    another place in a tile can mean other last bits, and two programs would race for the last word.
     """
     first = first.to(tl.int64)
     if WHOLE_TILES:
@@ -51,16 +52,17 @@ def load_rows(
 def store_rows(
     pointer: tl.tensor,
     stride: tl.tensor,
+    repeated: tl.tensor,
     rows_left: tl.tensor,
     x: tl.tensor,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
     PAD: tl.constexpr,
 ) -> None:
-    """The counterpart of `load_rows`."""
+    """The counterpart of `load_rows`, without the first `repeated` rows."""
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, PAD)
-    mask = (rows < rows_left)[:, None]
+    mask = ((rows >= repeated) & (rows < rows_left))[:, None]
     if PAD > DIM:
         mask = mask & (columns < DIM)[None, :]
     x = round_to(x, pointer.dtype.element_ty)
@@ -154,22 +156,26 @@ def squared_distances(
     DIM: tl.constexpr,
     PAD: tl.constexpr,
 ) -> tl.tensor:
-    """‖z_n − c_index‖² of each row, for one prepared code a row: index and result [ROWS].
+    """‖z_n − c_index‖² of each row and some prepared codes: index and result [ROWS, some].
 
-    From the differences: ‖z‖² − 2z·c + ‖c‖² would cancel.
+    From the differences: ‖z‖² − 2z·c + ‖c‖² would cancel. All codes of a row at a time, for what
+    this takes is the wait for them.
     """
-    WIDTH: tl.constexpr = min(PAD, 64)
-    offsets = tl.arange(0, index.shape[0]).to(tl.int64)[:, None] * row_stride
-    distances = tl.zeros([index.shape[0]], tl.float32)
+    ROWS: tl.constexpr = index.shape[0]
+    # As many columns as take no more registers than the loop before.
+    WIDTH: tl.constexpr = min(PAD, 16 if low_pointer is not None else 64 if PAD == 128 else 32)
+    offsets = tl.arange(0, ROWS).to(tl.int64)[:, None] * row_stride
+    distances = tl.zeros(index.shape, tl.float32)
     for first in range(0, PAD, WIDTH):
         # [ROWS, WIDTH]
         z = load_columns(z_pointer, offsets, rows_left, first, mean_pointer, DIM, WIDTH)
-        columns = (first + tl.arange(0, WIDTH))[None, :]
-        code = tl.load(high_pointer + index[:, None] * PAD + columns).to(tl.float32)
+        # [ROWS, some, WIDTH]
+        columns = (first + tl.arange(0, WIDTH))[None, None, :]
+        code = tl.load(high_pointer + index[:, :, None] * PAD + columns).to(tl.float32)
         if low_pointer is not None:
-            code += tl.load(low_pointer + index[:, None] * PAD + columns).to(tl.float32)
-        difference = z - code * unit
-        distances += tl.sum(difference * difference, 1)
+            code += tl.load(low_pointer + index[:, :, None] * PAD + columns).to(tl.float32)
+        difference = z[:, None, :] - code * unit
+        distances += tl.sum(difference * difference, 2)
     return distances
 
 
@@ -177,6 +183,7 @@ def squared_distances(
 def store_with_terms(
     pointer: tl.tensor,
     stride: tl.tensor,
+    repeated: tl.tensor,
     rows_left: tl.tensor,
     x: tl.tensor,
     a_factor: tl.tensor,
@@ -202,7 +209,7 @@ def store_with_terms(
         HALF: tl.constexpr = PAD // 2
         left, right = x.reshape(ROWS, 2, HALF).permute(0, 2, 1).split()
         store_with_terms(
-            *(pointer, stride, rows_left, left, a_factor, a_pointer, a_stride),
+            *(pointer, stride, repeated, rows_left, left, a_factor, a_pointer, a_stride),
             *(b_factor, b_pointer, b_stride, mean_pointer, ROWS, DIM, HALF, WITH_A, WITH_B, ADD),
         )
         tl.debug_barrier()
@@ -213,8 +220,8 @@ def store_with_terms(
         if mean_pointer is not None:
             mean_pointer += HALF
         store_with_terms(
-            *(pointer + HALF, stride, rows_left, right, a_factor, a_pointer, a_stride),
-            *(b_factor, b_pointer, b_stride, mean_pointer),
+            *(pointer + HALF, stride, repeated, rows_left, right, a_factor, a_pointer),
+            *(a_stride, b_factor, b_pointer, b_stride, mean_pointer),
             *(ROWS, DIM - HALF, HALF, WITH_A, WITH_B, ADD),
         )
     else:
@@ -235,4 +242,4 @@ def store_with_terms(
         if ADD:
             add_rows(pointer, stride, x, ROWS, PAD)
         else:
-            store_rows(pointer, stride, rows_left, x, ROWS, DIM, PAD)
+            store_rows(pointer, stride, repeated, rows_left, x, ROWS, DIM, PAD)

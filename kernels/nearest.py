@@ -86,6 +86,7 @@ def _nearest_kernel(
     """One program: ROWS latents of one head against all its codes."""
     start = tile_start(tl.program_id(0) * ROWS, rows, ROWS, WHOLE_TILES)
     rows_left = ROWS if WHOLE_TILES else rows - start
+    repeated = (tl.program_id(0) * ROWS - start).to(tl.int32)
     head = tl.program_id(1).to(tl.int64)
     high_pointer += head * padded_codes * PAD
     half_norm_pointer += head * padded_codes
@@ -125,5 +126,5 @@ def _nearest_kernel(
         *(high_pointer, low_pointer, mean_pointer, unit, codes, DIM, PAD),
     )
     offsets = tl.arange(0, ROWS)
-    indices_pointer += head * rows + start
-    tl.store(indices_pointer + offsets, index.to(tl.int64), mask=offsets < rows_left)
+    mask = (offsets >= repeated) & (offsets < rows_left)
+    tl.store(indices_pointer + head * rows + start + offsets, index.to(tl.int64), mask=mask)

@@ -142,6 +142,7 @@ def _row_gradients_kernel(
     """One program: ROWS latents of one head against all codes."""
     start = tile_start(tl.program_id(0) * ROWS, rows, ROWS, WHOLE_TILES)
     rows_left = ROWS if WHOLE_TILES else rows - start
+    repeated = (tl.program_id(0) * ROWS - start).to(tl.int32)
     head = tl.program_id(1).to(tl.int64)
     block = head * (tl.num_programs(0) + 1) + tl.program_id(0)
     inverse_temperature = 1.0 / tl.load(temperature_pointer).to(tl.float32)
@@ -163,6 +164,7 @@ def _row_gradients_kernel(
     scale = 2.0 * LOG2_E * inverse_temperature * unit * unit
     offsets = tl.arange(0, ROWS)
     mask = offsets < rows_left
+    own = mask & (offsets >= repeated)
     row = head * rows + start + offsets
 
     # of each part [ROWS, WIDTH]
@@ -254,7 +256,7 @@ def _row_gradients_kernel(
         grad_log_partition = tl.load(grad_log_partition_pointer + row, mask=mask, other=0.0)
         shift -= grad_log_partition
     if row_shift_pointer is not None:
-        tl.store(row_shift_pointer + row, 2.0 * inverse_temperature * shift, mask=mask)
+        tl.store(row_shift_pointer + row, 2.0 * inverse_temperature * shift, mask=own)
 
     if largest_pointer is not None:
         # [ROWS]: dC adds up p·g and e·z; no p or e has a larger factor before the scaled g or z
@@ -270,13 +272,14 @@ def _row_gradients_kernel(
         change = LN_2 * (gradient_score * inverse_total - sigma * mean_score)
         if grad_log_partition_pointer is not None:
             index = tl.load(indices_pointer + row, mask=mask, other=0).to(tl.int32)
-            nearest_score = -inverse_temperature * squared_distances(
-                *(z_pointer, row_stride, rows_left, index),
+            # [ROWS, 1]
+            distance = squared_distances(
+                *(z_pointer, row_stride, rows_left, index[:, None]),
                 *(high_pointer, low_pointer, mean_pointer, unit, DIM, PAD),
             )
+            nearest_score = -inverse_temperature * tl.sum(distance, 1)
             change += grad_log_partition * (nearest_score + LN_2 * mean_score)
-        counted = mask & (start + offsets >= tl.program_id(0) * ROWS)
-        change = -inverse_temperature * tl.sum(tl.where(counted, change, 0.0))
+        change = -inverse_temperature * tl.sum(tl.where(own, change, 0.0))
         tl.store(grad_temperature_pointer + block, change)
     if grad_z_pointer is not None:
         factor = 2.0 * inverse_temperature * inverse_total
@@ -290,7 +293,7 @@ def _row_gradients_kernel(
         if mean_pointer is not None:
             mean_pointer += FIRST
         store_with_terms(
-            *(grad_z_pointer + (head * rows + start) * DIM + FIRST, DIM, rows_left),
+            *(grad_z_pointer + (head * rows + start) * DIM + FIRST, DIM, repeated, rows_left),
             *(pull * factor[:, None], along_quantized, quantized_pointer + FIRST, DIM),
             *(along_z, z_pointer + FIRST, row_stride, mean_pointer),
             *(ROWS, DIM - FIRST, WIDTH, True, LOG_PARTITION_MOVES_Z),

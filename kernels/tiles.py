@@ -5,8 +5,11 @@ A tile is `rows` latents by `codes` codes. The output of the second product lies
 the row kernels (forward, row_gradients, nearest) and along the codes in code_sweep: there must be
 one warp for 16 of them, or the warps repeat each other's exponentials. Small tiles with four warps
 leave room for several programs on a multiprocessor, and one program's softmax then hides behind
-another's matrix products. Every row of the table was chosen by its machine code, as
-`python -m bench compile` prints it: no spill first, then the fewest instructions.
+another's matrix products. With two stages a load starts when the one before has been used, and is
+waited for at once; with three it is there in time.
+
+No tile spills, as `python -m bench compile` prints. Of such, those of Hopper are the fastest on an
+H200 with 2^19 rows and 1024 codes; the others' have the fewest instructions, of their machine code.
 """
 
 import itertools
@@ -45,66 +48,78 @@ class Tile(NamedTuple):
 Row = tuple[Tile, Tile, Tile]
 Table = dict[tuple[Kernel, Operands], Row]
 _HOPPER: Table = {
-    ("forward", "bfloat16"): (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 64, 4)),
-    ("forward", "mixed"): (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 32, 4)),
-    ("forward", "converted"): (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 64, 4, 1, 2)),
-    ("forward", "high"): (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 32, 4, 1, 2)),
-    ("forward", "split"): (Tile(64, 64, 4), Tile(64, 32, 4, 1), Tile(64, 128, 4, 1, 2)),
-    ("row_gradients", "bfloat16"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 32, 4)),
-    ("row_gradients", "mixed"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(128, 32, 8)),
-    ("row_gradients", "converted"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4, 1, 2)),
-    ("row_gradients", "high"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 32, 4, 1, 2)),
-    ("row_gradients", "split"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 32, 4, 1, 2)),
-    ("row_gradients, all", "bfloat16"): (Tile(64, 64, 4), Tile(128, 64, 8), Tile(128, 32, 8)),
-    ("row_gradients, all", "mixed"): (Tile(64, 64, 4), Tile(128, 64, 8), Tile(128, 32, 8)),
-    ("row_gradients, all", "converted"): (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 64, 4, 1, 2)),
-    ("row_gradients, all", "high"): (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 64, 8, 1, 2)),
-    ("row_gradients, all", "split"): (Tile(128, 64, 8), Tile(64, 32, 4), Tile(32, 64, 8, 1, 2)),
-    ("code_sweep", "bfloat16"): (Tile(128, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
-    ("code_sweep", "mixed"): (Tile(128, 64, 4), Tile(64, 64, 4), Tile(32, 128, 8)),
-    ("code_sweep", "converted"): (Tile(64, 128, 8), Tile(64, 128, 8), Tile(32, 128, 8, 1, 2)),
-    ("code_sweep", "high"): (Tile(64, 128, 8), Tile(64, 128, 8), Tile(32, 128, 8, 1, 2)),
-    ("code_sweep", "split"): (Tile(64, 128, 8), Tile(16, 128, 8, 1), Tile(16, 128, 8, 1, 2)),
-    ("code_sweep, all", "bfloat16"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
-    ("code_sweep, all", "mixed"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 128, 8)),
-    ("code_sweep, all", "converted"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(32, 128, 8, 1, 2)),
-    ("code_sweep, all", "high"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(32, 128, 8, 1, 2)),
-    ("code_sweep, all", "split"): (Tile(32, 128, 8), Tile(16, 128, 8, 1), Tile(16, 128, 8, 1, 2)),
-    ("nearest", "converted"): (Tile(128, 128, 8), Tile(128, 128, 8), Tile(128, 128, 8)),
-    ("nearest", "split"): (Tile(128, 128, 8), Tile(128, 128, 8), Tile(64, 64, 4)),
+    ("forward", "bfloat16"): (Tile(64, 64, 4, 3), Tile(64, 128, 4, 3), Tile(64, 64, 4)),
+    ("forward", "mixed"): (Tile(64, 64, 4), Tile(64, 64, 4, 3), Tile(128, 32, 8, 3)),
+    ("forward", "converted"): (Tile(128, 64, 4, 3), Tile(64, 128, 4, 3), Tile(128, 64, 8, 2, 2)),
+    ("forward", "high"): (Tile(64, 128, 4, 3), Tile(128, 128, 8), Tile(128, 32, 8, 3, 2)),
+    ("forward", "split"): (Tile(64, 64, 4, 3), Tile(64, 64, 4), Tile(128, 64, 8, 1, 2)),
+    ("row_gradients", "bfloat16"): (Tile(64, 128, 4, 3), Tile(64, 64, 4, 3), Tile(128, 32, 8, 3)),
+    ("row_gradients", "mixed"): (Tile(64, 64, 4, 3), Tile(64, 64, 4), Tile(128, 32, 8, 3)),
+    ("row_gradients", "converted"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 32, 4, 3, 2)),
+    ("row_gradients", "high"): (Tile(64, 128, 4), Tile(128, 64, 8, 3), Tile(128, 32, 8, 1, 2)),
+    ("row_gradients", "split"): (Tile(64, 64, 4, 3), Tile(64, 32, 4), Tile(64, 32, 4, 2, 2)),
+    ("row_gradients, all", "bfloat16"): (
+        Tile(64, 64, 4, 3),
+        Tile(64, 32, 4, 3),
+        Tile(128, 32, 8, 3),
+    ),
+    ("row_gradients, all", "mixed"): (Tile(64, 64, 4, 3), Tile(64, 64, 4), Tile(128, 32, 8, 3)),
+    ("row_gradients, all", "converted"): (
+        Tile(64, 64, 4, 3),
+        Tile(64, 64, 4, 3),
+        Tile(128, 32, 8, 3, 2),
+    ),
+    ("row_gradients, all", "high"): (Tile(64, 64, 4, 3), Tile(64, 64, 4), Tile(64, 64, 8, 1, 2)),
+    ("row_gradients, all", "split"): (Tile(64, 64, 4, 3), Tile(64, 32, 4), Tile(64, 32, 4, 1, 2)),
+    ("code_sweep", "bfloat16"): (Tile(128, 64, 4, 3), Tile(64, 64, 4), Tile(32, 64, 4, 3)),
+    ("code_sweep", "mixed"): (Tile(128, 64, 4), Tile(64, 64, 4), Tile(32, 128, 8, 3)),
+    ("code_sweep", "converted"): (Tile(32, 128, 4, 3), Tile(32, 64, 4, 3), Tile(32, 128, 8, 3, 2)),
+    ("code_sweep", "high"): (Tile(32, 128, 4, 3), Tile(32, 64, 4, 3), Tile(32, 128, 8, 2, 2)),
+    ("code_sweep", "split"): (Tile(64, 128, 8), Tile(16, 128, 8), Tile(16, 128, 8, 1, 2)),
+    ("code_sweep, all", "bfloat16"): (Tile(32, 128, 4, 3), Tile(64, 64, 4), Tile(16, 64, 4, 3)),
+    ("code_sweep, all", "mixed"): (Tile(32, 128, 4, 3), Tile(32, 64, 4, 3), Tile(32, 128, 8, 3)),
+    ("code_sweep, all", "converted"): (Tile(32, 128, 8), Tile(32, 64, 4), Tile(32, 128, 8, 3, 2)),
+    ("code_sweep, all", "high"): (Tile(32, 128, 4, 3), Tile(32, 64, 4, 3), Tile(32, 128, 8, 2, 2)),
+    ("code_sweep, all", "split"): (
+        Tile(32, 128, 8, 3),
+        Tile(16, 128, 8, 1),
+        Tile(16, 128, 8, 1, 2),
+    ),
+    ("nearest", "converted"): (Tile(128, 128, 4, 3), Tile(64, 128, 4, 3), Tile(64, 64, 4)),
+    ("nearest", "split"): (Tile(128, 128, 4), Tile(128, 128, 8), Tile(128, 64, 8, 1)),
 }
-_BLACKWELL: Table = _HOPPER | {
+_BLACKWELL: Table = {
     ("forward", "bfloat16"): (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 64, 8)),
     ("forward", "mixed"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 64, 8)),
     ("forward", "converted"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 128, 4, 1, 2)),
-    ("forward", "high"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 64, 4, 1, 2)),
+    ("forward", "high"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 32, 4, 1, 2)),
     ("forward", "split"): (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 64, 4, 1, 2)),
     ("row_gradients", "bfloat16"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
     ("row_gradients", "mixed"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
+    ("row_gradients", "converted"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 128, 4, 1, 2)),
+    ("row_gradients", "high"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 8, 1, 2)),
     ("row_gradients", "split"): (Tile(64, 64, 4), Tile(64, 32, 8), Tile(64, 64, 8, 1, 2)),
     ("row_gradients, all", "bfloat16"): (Tile(64, 64, 4), Tile(128, 64, 8), Tile(64, 32, 4)),
     ("row_gradients, all", "mixed"): (Tile(64, 64, 4), Tile(128, 64, 8), Tile(64, 32, 4)),
-    ("row_gradients, all", "converted"): (
-        Tile(128, 64, 8),
-        Tile(64, 32, 4),
-        Tile(64, 64, 4, 1, 2),
-    ),
+    ("row_gradients, all", "converted"): (Tile(128, 64, 8), Tile(64, 32, 4), Tile(64, 64, 4, 1, 2)),
+    ("row_gradients, all", "high"): (Tile(64, 64, 4), Tile(64, 64, 8), Tile(64, 64, 8, 1, 2)),
     ("row_gradients, all", "split"): (Tile(64, 64, 4, 1), Tile(64, 32, 8), Tile(64, 64, 8, 1, 2)),
+    ("code_sweep", "bfloat16"): (Tile(128, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
     ("code_sweep", "mixed"): (Tile(128, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
-    # One stage: what triton 3.9 makes of two overwrites an operand of a product under way.
+    ("code_sweep", "converted"): (Tile(64, 128, 8), Tile(64, 128, 8), Tile(64, 128, 8, 1, 2)),
+    ("code_sweep", "high"): (Tile(64, 128, 8), Tile(64, 128, 8), Tile(64, 128, 8, 1, 2)),
     ("code_sweep", "split"): (Tile(64, 128, 8, 1), Tile(32, 128, 8, 1), Tile(64, 128, 8, 1, 2)),
+    ("code_sweep, all", "bfloat16"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
     ("code_sweep, all", "mixed"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
+    ("code_sweep, all", "converted"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(64, 128, 8, 1, 2)),
+    ("code_sweep, all", "high"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(64, 128, 8, 1, 2)),
     ("code_sweep, all", "split"): (
         Tile(32, 128, 8, 1),
         Tile(32, 128, 8, 1),
-        Tile(64, 128, 8, 1, 2),
+        Tile(32, 128, 8, 1, 2),
     ),
-    ("row_gradients", "converted"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 128, 4, 1, 2)),
-    ("row_gradients", "high"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4, 2, 2)),
-    ("code_sweep", "converted"): (Tile(64, 128, 8), Tile(64, 128, 8), Tile(64, 128, 8, 1, 2)),
-    ("code_sweep", "high"): (Tile(64, 128, 8), Tile(64, 128, 8), Tile(64, 128, 8, 1, 2)),
-    ("code_sweep, all", "converted"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(64, 128, 8, 1, 2)),
-    ("code_sweep, all", "high"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(64, 128, 8, 1, 2)),
+    ("nearest", "converted"): (Tile(128, 128, 8), Tile(128, 128, 8), Tile(128, 128, 8)),
+    ("nearest", "split"): (Tile(128, 128, 8), Tile(128, 128, 8), Tile(64, 64, 4)),
 }
 _AMPERE: Table = {
     ("forward", "bfloat16"): (Tile(128, 64, 8), Tile(128, 64, 8), Tile(64, 32, 4, 1, 2)),
@@ -120,22 +135,22 @@ _AMPERE: Table = {
     ("row_gradients, all", "bfloat16"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 32, 4, 1, 2)),
     ("row_gradients, all", "mixed"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(16, 32, 2, 1, 2)),
     ("row_gradients, all", "converted"): (
-        Tile(128, 64, 8),
+        Tile(128, 32, 8),
         Tile(128, 32, 8),
         Tile(16, 32, 2, 1, 2),
     ),
     ("row_gradients, all", "high"): (Tile(128, 64, 8), Tile(16, 32, 2), Tile(16, 32, 2, 1, 2)),
-    ("row_gradients, all", "split"): (Tile(128, 32, 8), Tile(16, 32, 2), Tile(16, 32, 4, 1, 2)),
+    ("row_gradients, all", "split"): (Tile(64, 16, 4), Tile(16, 32, 2), Tile(16, 32, 4, 1, 2)),
     ("code_sweep", "bfloat16"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(32, 32, 4, 1, 2)),
     ("code_sweep", "mixed"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(32, 32, 4, 1, 2)),
     ("code_sweep", "converted"): (Tile(32, 128, 8), Tile(32, 128, 8), Tile(32, 32, 4, 1, 2)),
     ("code_sweep", "high"): (Tile(32, 128, 8), Tile(16, 16, 1), Tile(16, 16, 2, 1, 2)),
     ("code_sweep", "split"): (Tile(16, 128, 8), Tile(16, 128, 8), Tile(16, 16, 4, 1, 2)),
     ("code_sweep, all", "bfloat16"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(32, 32, 4, 1, 2)),
-    ("code_sweep, all", "mixed"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(32, 32, 4, 1, 2)),
+    ("code_sweep, all", "mixed"): (Tile(32, 128, 8), Tile(32, 128, 8), Tile(32, 32, 4, 1, 2)),
     ("code_sweep, all", "converted"): (Tile(32, 128, 8), Tile(32, 128, 8), Tile(32, 32, 4, 1, 2)),
     ("code_sweep, all", "high"): (Tile(32, 128, 8), Tile(16, 16, 1), Tile(16, 16, 2, 1, 2)),
-    ("code_sweep, all", "split"): (Tile(16, 128, 8), Tile(16, 128, 8), Tile(16, 16, 4, 1, 2)),
+    ("code_sweep, all", "split"): (Tile(16, 128, 8), Tile(16, 16, 2, 1, 2), Tile(16, 16, 4, 1, 2)),
     ("nearest", "converted"): (Tile(128, 64, 8), Tile(128, 64, 8), Tile(64, 64, 4)),
     ("nearest", "split"): (Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 64, 4, 1)),
 }
@@ -222,13 +237,19 @@ def shared_bytes(kernel: Kernel, operands: Operands, dim: int, tile: Tile) -> in
     latents = 4 if operands in ("high", "split") else 2  # bytes of an element of z,
     gradient = 4 if operands == "split" else 2  # and of the gradient of q
     row = latents if kernel in ("forward", "nearest") else latents + gradient
-    if kernel.startswith("code_sweep") and tile.parts > 1:
+    if kernel.startswith("code_sweep") and tile.parts > 1 and tile.stages == 1:
         # Once it has the scores, it needs only its own part of z, and as the gradient is.
         row = max(latents, gradient + gradient // tile.parts)
     rows = tile.rows * row
     codes = tile.codes * (2 if operands in ("bfloat16", "converted") else 4)
     kept, streamed = (codes, rows) if kernel.startswith("code_sweep") else (rows, codes)
     return padded_dim(dim) * (kept + tile.stages * streamed)
+
+
+def resident(kernel: Kernel, operands: Operands, dim: int, tile: Tile) -> int:
+    """How many programs, of two, a multiprocessor holds at a time: eight warps fill one."""
+    fit = 2 * shared_bytes(kernel, operands, dim, tile) <= _HOPPER_SHARED_MEMORY
+    return 2 if fit and tile.warps <= 4 else 1
 
 
 def constants(tile: Tile, part: int, how: Arithmetic, z: Tensor) -> dict[str, object]:

@@ -149,7 +149,8 @@ def test_extra_memory_of_forward_and_backward():
         outputs = (out.quantized, out.log_partition, out.entropy)
         return *out, *torch.autograd.grad(outputs, tensors, incoming)
 
-    assert extra_memory(forward_and_backward) < 20
+    # 12 bytes a row, 8 MiB of partial sums, which keep every processor busy, and the codes.
+    assert extra_memory(forward_and_backward) < 22
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,7 +9,7 @@ Where hardware may take liberties, this takes all of them:
 - What is asynchronous happens as late as it may: copies land, and products are computed, only when
   they are waited for, and what they are to overwrite is poisoned at once.
 - An access out of bounds, misaligned, or not kept apart from another warp's by a barrier is a
-  Fault, and so is whatever PTX does not define.
+  Fault, and so are two programs that write one word, and whatever PTX does not define.
 
 It says nothing of speed, of registers, or of ptxas, which turns PTX into machine code (`bench
 compile` looks at that).

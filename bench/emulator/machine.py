@@ -53,7 +53,7 @@ class Machine:
 
     def __init__(self, launch: Launch, programs: np.ndarray):
         threads, (x, y, _) = launch.program.threads, launch.grid
-        self.launch, self.shape = launch, (len(programs), threads)
+        self.launch, self.programs, self.shape = launch, programs, (len(programs), threads)
         self.shared = SharedMemory(len(programs), launch.shared_bytes, threads)
         self.copies = transfers.Copies(self.shared)
         self.products = matrix_unit.Products()

@@ -19,17 +19,18 @@ class Fault(Exception):
 
 
 class GlobalMemory:
-    """The storages of some CPU tensors, at their own addresses."""
+    """The storages of some CPU tensors, at their own addresses, in one launch."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]):
         storages = (x.untyped_storage() for x in tensors)
         sizes = {x.data_ptr(): x.nbytes() for x in storages if x.nbytes()}
         self._bases = sorted(sizes)
-        self._views = []
+        self._views, self._writers = [], []  # by byte: the program that wrote it, or −1
         for base in self._bases:
             data = np.frombuffer((ctypes.c_uint8 * sizes[base]).from_address(base), np.uint8)
             views = {size: data[: len(data) // size * size].view(f"u{size}") for size in (1, 2, 4)}
             self._views.append(views)
+            self._writers.append(np.full(len(data), -1))
 
     def snapshot(self) -> list[np.ndarray]:
         """What is there now, for `restore`."""
@@ -46,22 +47,37 @@ class GlobalMemory:
         view, index = self._find(address, mask, size, count)
         return [np.where(mask, view[index + i], view.dtype.type(0)) for i in range(count)]
 
-    def store(self, address, mask, size: int, values: Sequence[np.ndarray]) -> None:
-        if mask.any():
-            view, index = self._find(address, mask, size, len(values))
-            for i, value in enumerate(values):
-                view[index[mask] + i] = value[mask]
+    def store(self, address, mask, size: int, values: Sequence[np.ndarray], programs) -> None:
+        """`programs` (programs): their numbers in the grid. Of two that write the same word, nobody
+        knows which is the last."""
+        if not mask.any():
+            return
+        view, index = self._find(address, mask, size, len(values))
+        for i, value in enumerate(values):
+            view[index[mask] + i] = value[mask]
+        writer = self._writers[self._tensor(int(address[mask].min()))]
+        number = np.broadcast_to(programs[:, None], mask.shape)[mask]
+        for byte in range(size * len(values)):
+            written = index[mask] * size + byte
+            if ((writer[written] != -1) & (writer[written] != number)).any():
+                raise Fault("two programs write the same word")
+            writer[written] = number
+            if (writer[written] != number).any():
+                raise Fault("two programs write the same word")
 
     def _find(self, address, mask, size, count) -> tuple[np.ndarray, np.ndarray]:
         used = address[mask]
         if (used % np.uint64(size * count)).any():
             raise Fault("global memory misaligned")
         first, end = int(used.min()), int(used.max()) + size * count
-        tensor = bisect.bisect_right(self._bases, first) - 1
+        tensor = self._tensor(first)
         if tensor < 0 or end > self._bases[tensor] + self._views[tensor][size].nbytes:
             raise Fault(f"global memory out of bounds, {first:#x} to {end:#x}")
         offset = np.where(mask, address - np.uint64(self._bases[tensor]), 0)
         return self._views[tensor][size], offset.astype(np.int64) // size
+
+    def _tensor(self, address: int) -> int:
+        return bisect.bisect_right(self._bases, address) - 1
 
 
 class SharedMemory:

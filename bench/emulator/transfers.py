@@ -78,7 +78,10 @@ def _store(m: Machine, i: Instruction) -> None:
         size = TYPES[i.type].itemsize
         value = m.get(x, f"b{max(16, 8 * size)}").astype(f"u{size}")
         numbers += list(np.moveaxis(value[..., None].view(f"u{what[-1]}"), -1, 0))
-    memory.store(*what, numbers)
+    if memory is m.shared:
+        memory.store(*what, numbers)
+    else:
+        memory.store(*what, numbers, m.programs)
 
 
 def _add(m: Machine, i: Instruction) -> None:
@@ -92,7 +95,7 @@ def _add(m: Machine, i: Instruction) -> None:
         raise Fault("threads add to one number in no order")
     before = m.launch.memory.load(address, mask, 4, len(values))
     after = [old.view(np.float32) + new for old, new in zip(before, values, strict=True)]
-    m.launch.memory.store(address, mask, 4, [x.view(np.uint32) for x in after])
+    m.launch.memory.store(address, mask, 4, [x.view(np.uint32) for x in after], m.programs)
 
 
 def _copy(m: Machine, i: Instruction) -> None:

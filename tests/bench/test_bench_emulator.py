@@ -27,7 +27,9 @@ OPENING = """
 """
 
 
-def launch(body: str, x: torch.Tensor, programs: int = 1, architecture: int = 90) -> torch.Tensor:
+def launch(
+    body: str, x: torch.Tensor, programs: int = 1, architecture: int = 90, at_once: int = 64
+) -> torch.Tensor:
     """y (programs · THREADS), like x, as these instructions leave it."""
     y = torch.zeros_like(x)
     head = f".entry kernel(\n.param .u64 x,\n.param .u64 y\n)\n.reqntid {THREADS}\n"
@@ -35,10 +37,9 @@ def launch(body: str, x: torch.Tensor, programs: int = 1, architecture: int = 90
     arguments = {"x": x.data_ptr(), "y": y.data_ptr()}
     shared = 4096
     grid = (programs, 1, 1)
-    run(
-        Launch(program, arguments, grid, GlobalMemory([x, y]), shared, architecture),
-        np.arange(programs),
-    )
+    machines = Launch(program, arguments, grid, GlobalMemory([x, y]), shared, architecture)
+    for some in np.split(np.arange(programs), range(at_once, programs, at_once)):
+        run(machines, some)
     return y
 
 
@@ -91,6 +92,17 @@ $L_again:
         programs=3,
     )
     assert y.view(3, -1).float().mean(1).tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_two_programs_that_write_one_word_are_a_fault(together):
+    body = """
+        ld.param.b64 %rd4, [y];
+        setp.eq.s32 %p1, %r1, 0;
+        @%p1 st.global.b32 [%rd4], %r1;
+    """
+    with pytest.raises(Fault, match="two programs write the same word"):
+        launch(body, numbers(2), programs=2, at_once=2 if together else 1)
 
 
 def test_programs_that_part_ways_add_once():

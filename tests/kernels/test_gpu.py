@@ -6,6 +6,7 @@ Where there is a GPU, the other tests of the kernels compile them too, instead o
 """
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -123,21 +124,26 @@ def test_the_same_sums_every_time(dtype, dim):
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_large_problems_against_float64(dtypes, dim, codes):
-    """Outputs within 2× and gradients within 3× the error of plain float32 PyTorch."""
-    problem = draw(1, 70_001, codes, dim, *dtypes)
-    incoming = incoming_of(problem)
-    assert_near_float64(run(problem, incoming), problem, incoming)
+    """Outputs within 2×, gradients and usage within 3× the error of plain float32 PyTorch."""
+    assert_near_float64(lambda: draw(1, 70_001, codes, dim, *dtypes))
 
 
-def assert_near_float64(ours, problem: Problem, incoming) -> None:
-    dtype = problem.z.dtype
-    matmul = torch.matmul if dtype == torch.float32 else matmul_in(dtype)
-    plain = in_blocks(problem.to(torch.float32), incoming, matmul)
-    truth = in_blocks(problem.to(torch.float64), incoming)
-    for name, expected in truth.items():
-        errors = Errors(floor=1.0 if name == "entropy" else 0.0)
-        errors.add(ours[name], plain[name], expected)
-        errors.assert_no_worse(3 if name.startswith("grad") else 2, name)
+def assert_near_float64(draw_problem: Callable[[], Problem]) -> None:
+    """Over four draws: the temperature's gradient is one number, and exact by luck in some."""
+    errors: dict[str, Errors] = {}
+    for problem in (draw_problem() for _ in range(4)):
+        incoming = incoming_of(problem)
+        ours = run(problem, incoming)
+        dtype = problem.z.dtype
+        matmul = torch.matmul if dtype == torch.float32 else matmul_in(dtype)
+        plain = in_blocks(problem.to(torch.float32), incoming, matmul)
+        for name, truth in in_blocks(problem.to(torch.float64), incoming).items():
+            error = errors.setdefault(name, Errors(floor=1.0 if name == "entropy" else 0.0))
+            error.add(ours[name], plain[name], truth)
+    for name, error in errors.items():
+        # What a matrix unit cuts off does not cancel over rows, as what is rounded does.
+        over_rows = name.startswith("grad") or name == "usage"
+        error.assert_no_worse(3 if over_rows else 2, name)
 
 
 @pytest.mark.parametrize("codes", [1000, 8192])
@@ -215,10 +221,10 @@ def test_tuned_tiles_against_float64(autotune, monkeypatch, dtypes, wins):
         return 1 / timed[-1] if slow else timed[-1]
 
     monkeypatch.setattr(tuning, "milliseconds", watched)
+    assert_near_float64(lambda: draw(1, 20_001, 1000, 64, *dtypes))
     problem = draw(1, 20_001, 1000, 64, *dtypes)
     incoming = incoming_of(problem)
     first = run(problem, incoming)
-    assert_near_float64(first, problem, incoming)
     assert math.isfinite(min(timed)) and autotune.exists()
     count = len(timed)
     tuning._cache.cache_clear()  # another process, which reads the file

@@ -192,12 +192,23 @@ def test_probability_sums_of_values():
 
 
 def test_partial_sums_are_bounded():
-    tile, cpu = tiles.Tile(64, 64, 4, 2), torch.device("cpu")
-    assert code_sweep._splits(10**6, 1, 1, 2**10, tile, cpu) == 8
-    assert code_sweep._splits(100, 1, 1, 2**10, tile, cpu) == 2
-    assert code_sweep._splits(10**6, 1, 1, 2**21, tile, cpu) == 3
-    assert code_sweep._splits(10**6, 1, 1, 2**30, tile, cpu) == 1
-    assert code_sweep._splits(10**6, 1, 1000, 2**10, tile, cpu) == 1
+    splits = partial(code_sweep._splits, programs=1, most=100, rows=10**6, together=8)
+    assert splits(partial_bytes=2**10) == 8
+    assert splits(partial_bytes=2**10, most=2) == 2
+    assert splits(partial_bytes=2**21) == 4
+    assert splits(partial_bytes=2**21, rows=10**4) == 8  # few rows need little else
+    assert splits(partial_bytes=2**30) == 1
+    assert splits(partial_bytes=2**10, programs=1000) == 1
+
+
+def test_programs_fill_the_processors():
+    splits = partial(code_sweep._splits, most=100, partial_bytes=1, rows=1, together=264)
+    assert splits(programs=8) == 32  # 256 programs, of 264 that run together
+    assert splits(programs=8, most=10) == 10
+    assert splits(programs=32) == 8  # of 288, 24 would run alone
+    assert splits(programs=100) == 5  # two rounds of a fifth, not one of a half
+    assert splits(programs=16, most=13, together=132) == 8  # not two rounds of a thirteenth
+    assert splits(programs=2048) == 1
 
 
 def test_every_tile_divides_the_padded_codebook():

@@ -25,8 +25,9 @@ from softvq.kernels.arithmetic import arithmetic
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TABLES = Path(__file__).parents[2] / "bench" / "results" / "compile"
 SHARED_MEMORY = {"hopper": 227 * 1024, "blackwell": 227 * 1024, "ampere": 99 * 1024}
-SHIPPED = tiles.Tile(64, 128, 4)  # for the call that `choose` below makes by default
-OTHER = tiles.Tile(128, 128, 8)
+# For the call that `choose` below makes by default.
+SHIPPED = tiles.shipped("forward", "bfloat16", 64, "hopper")
+OTHER = SHIPPED._replace(rows=2 * SHIPPED.rows, warps=2 * SHIPPED.warps)
 HOW = arithmetic(torch.bfloat16, torch.bfloat16, "highest")
 
 
