@@ -195,7 +195,7 @@ def _code_sweep_kernel(
     for done in tl.range(0, length, ROWS, num_stages=STAGES, disable_licm=PARTS > 1):
         start = begin + done
         first_row = tile_start(start, rows, ROWS, WHOLE_TILES)
-        # [ROWS]; 32 bits, and pointers to the first row: what changes is the same for all of them
+        # [ROWS]; in 32 bits, from the tile's first row on, which alone changes
         repeated = (start - first_row).to(tl.int32)
         mask = (offsets >= repeated) & (offsets < repeated + length - done)
         rows_left = ROWS if WHOLE_TILES else rows
