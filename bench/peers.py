@@ -4,6 +4,7 @@ import math
 import multiprocessing
 from collections.abc import Callable
 from functools import cache, partial
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -98,12 +99,13 @@ def flex(setting: Setting) -> Run:
 
 def keops(setting: Setting) -> Run:
     """KeOps' softmax-weighted sum of the codes: no N×K matrix, (z−c)² formed in registers."""
-    if setting.device.type == "cuda":
+    if setting.device.type == "cuda" and find_spec("pykeops"):
         _try_keops(setting._replace(rows=8, codes=8))
     return _keops(setting)
 
 
 def _keops(setting: Setting) -> Run:
+    """The candidate itself, once it is known not to end the process."""
     import pykeops
     from pykeops.torch import LazyTensor
 

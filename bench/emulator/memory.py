@@ -48,8 +48,9 @@ class GlobalMemory:
         return [np.where(mask, view[index + i], view.dtype.type(0)) for i in range(count)]
 
     def store(self, address, mask, size: int, values: Sequence[np.ndarray], programs) -> None:
-        """`programs` (programs): their numbers in the grid. Of two that write the same word, nobody
-        knows which is the last."""
+        """By programs of these numbers in the grid: two must not write the same word, for nobody knows
+        who is last.
+        """
         if not mask.any():
             return
         view, index = self._find(address, mask, size, len(values))
@@ -59,10 +60,9 @@ class GlobalMemory:
         number = np.broadcast_to(programs[:, None], mask.shape)[mask]
         for byte in range(size * len(values)):
             written = index[mask] * size + byte
-            if ((writer[written] != -1) & (writer[written] != number)).any():
-                raise Fault("two programs write the same word")
+            before = writer[written]
             writer[written] = number
-            if (writer[written] != number).any():
+            if ((before != -1) & (before != number) | (writer[written] != number)).any():
                 raise Fault("two programs write the same word")
 
     def _find(self, address, mask, size, count) -> tuple[np.ndarray, np.ndarray]:
