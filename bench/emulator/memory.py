@@ -48,8 +48,8 @@ class GlobalMemory:
         return [np.where(mask, view[index + i], view.dtype.type(0)) for i in range(count)]
 
     def store(self, address, mask, size: int, values: Sequence[np.ndarray], programs) -> None:
-        """By programs of these numbers in the grid: two must not write the same word, for nobody knows
-        who is last.
+        """By programs (programs) of these numbers in the grid. Two must not write one word: nobody
+        knows who is last.
         """
         if not mask.any():
             return
