@@ -99,8 +99,8 @@ def main(arguments: list[str]) -> int:
     limits = measure_limits(device, list({setting.dtype for _, setting in chosen}))
     print_limits(results.replace("limits", limits))
     rows: list[Row] = []
+    names = tuple(options.candidates)
     for group, setting in chosen:
-        names = tuple(options.candidates)
         candidates = [c for c in GROUPS[group](setting) if c.name.startswith(names)]
         rows += measure(candidates, group, setting, limits, deadline)
         written = results.replace("op", rows)

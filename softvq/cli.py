@@ -96,6 +96,11 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command, parser=sub)
         return sub
 
+    def add_of_run(name: str, help: str, command: Any) -> argparse.ArgumentParser:
+        sub = add(name, help, command)
+        sub.add_argument("run", type=Path, help="run folder of `softvq train`")
+        return sub
+
     training = add("train", "train a model into a run folder", train_command)
     training.add_argument("--out", type=Path, help="run folder; default: runs/DATA-MODEL")
     training.add_argument("--config", type=Path, help="TOML file of settings; options override it")
@@ -116,35 +121,31 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--tensorboard", action="store_true", help="also write event files")
     add_settings(training)
 
-    evaluation = add("eval", "measure a run's model over a whole split", eval_command)
-    evaluation.add_argument("run", type=Path, help="run folder of `softvq train`")
+    evaluation = add_of_run("eval", "measure a run's model over a whole split", eval_command)
     evaluation.add_argument("--split", choices=SPLITS, default="test", help="default: test")
     evaluation.add_argument("--data-dir", type=Path, help="where the data are; default: as trained")
-    pictures = add("reconstruct", "reconstruct pictures with a run's model", reconstruct_command)
-    pictures.add_argument("run", type=Path, help="run folder of `softvq train`")
+    pictures = add_of_run(
+        "reconstruct", "reconstruct pictures with a run's model", reconstruct_command
+    )
     pictures.add_argument("images", type=Path, nargs="+", help="picture files or folders of them")
     out = Path("reconstructions")
     pictures.add_argument("-o", "--out", type=Path, default=out, help=f"folder; default: {out}")
-    encoding = add("encode", "turn images into codes", encode_command)
-    encoding.add_argument("run", type=Path, help="run folder of `softvq train`")
+    encoding = add_of_run("encode", "turn images into codes", encode_command)
     encoding.add_argument("--data", choices=data_names(), help="default: the run's own data")
     encoding.add_argument("--data-dir", type=Path, help="where they are")
     encoding.add_argument("-o", "--out", type=Path, required=True, help="codes.npz")
-    decoding = add("decode", "turn codes back into images", decode_command)
-    decoding.add_argument("run", type=Path, help="run folder of `softvq train`")
+    decoding = add_of_run("decode", "turn codes back into images", decode_command)
     decoding.add_argument("codes", type=Path, help="codes.npz of `softvq encode`")
     decoding.add_argument("--split", choices=SPLITS, default="test", help="default: test")
     decoding.add_argument("-o", "--out", type=Path, required=True, help="folder for the pictures")
-    sampling = add("sample", "draw images that are in no data set", sample_command)
-    sampling.add_argument("run", type=Path, help="run folder of `softvq train`")
+    sampling = add_of_run("sample", "draw images that are in no data set", sample_command)
     sampling.add_argument("--prior", type=Path, help="run of a pixelcnn, for a model with codes")
     sampling.add_argument("--count", type=int, default=64, help="images; default: 64")
     sampling.add_argument("--class", dest="class_name", help="default: all classes alike")
     sampling.add_argument("--temperature", type=float, help="of the prior's choices; default: 1.0")
     sampling.add_argument("--seed", type=int, default=0, help="default: 0")
     sampling.add_argument("-o", "--out", type=Path, required=True, help="samples.png")
-    report = add("report", "rebuild a run's report.html", report_command)
-    report.add_argument("run", type=Path, help="run folder of `softvq train`")
+    add_of_run("report", "rebuild a run's report.html", report_command)
     return parser
 
 

@@ -44,7 +44,8 @@ class GlobalMemory:
         """`count` arrays (programs, threads); zero where the mask is not set."""
         if not mask.any():
             return [np.zeros(mask.shape, f"u{size}")] * count
-        view, index = self._find(address, mask, size, count)
+        tensor, index = self._find(address, mask, size, count)
+        view = self._views[tensor][size]
         return [np.where(mask, view[index + i], view.dtype.type(0)) for i in range(count)]
 
     def store(self, address, mask, size: int, values: Sequence[np.ndarray], programs) -> None:
@@ -53,10 +54,10 @@ class GlobalMemory:
         """
         if not mask.any():
             return
-        view, index = self._find(address, mask, size, len(values))
+        tensor, index = self._find(address, mask, size, len(values))
+        view, writer = self._views[tensor][size], self._writers[tensor]
         for i, value in enumerate(values):
             view[index[mask] + i] = value[mask]
-        writer = self._writers[self._tensor(int(address[mask].min()))]
         number = np.broadcast_to(programs[:, None], mask.shape)[mask]
         for byte in range(size * len(values)):
             written = index[mask] * size + byte
@@ -65,19 +66,17 @@ class GlobalMemory:
             if ((before != -1) & (before != number) | (writer[written] != number)).any():
                 raise Fault("two programs write the same word")
 
-    def _find(self, address, mask, size, count) -> tuple[np.ndarray, np.ndarray]:
+    def _find(self, address, mask, size, count) -> tuple[int, np.ndarray]:
+        """Which tensor is accessed, and where it has the first numbers."""
         used = address[mask]
         if (used % np.uint64(size * count)).any():
             raise Fault("global memory misaligned")
         first, end = int(used.min()), int(used.max()) + size * count
-        tensor = self._tensor(first)
+        tensor = bisect.bisect_right(self._bases, first) - 1
         if tensor < 0 or end > self._bases[tensor] + self._views[tensor][size].nbytes:
             raise Fault(f"global memory out of bounds, {first:#x} to {end:#x}")
         offset = np.where(mask, address - np.uint64(self._bases[tensor]), 0)
-        return self._views[tensor][size], offset.astype(np.int64) // size
-
-    def _tensor(self, address: int) -> int:
-        return bisect.bisect_right(self._bases, address) - 1
+        return tensor, offset.astype(np.int64) // size
 
 
 class SharedMemory:

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 TABLES = ROOT / "bench" / "results" / "compile"
 MATRIX_UNIT = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 # Instructions per (row, code) pair: bf16, D = 64, sm_90. With 128 codes the forward has 10.5,
-# but is 6 % slower on an H200: two of its programs run at a time, of this four.
+# but is slower on an H200: two of its programs run at a time, of this four.
 MOST_INSTRUCTIONS = {"forward": 12.8, "row_gradients": 9.0, "code_sweep": 12.2, "nearest": 3.7}
 SOFT = ["forward", "row_gradients", "code_sweep"]
 EVERY_GRADIENT = ["--call", "backward, all", "--kernel", *SOFT]
