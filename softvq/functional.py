@@ -53,8 +53,7 @@ def soft_quantize(
             D > 256 streams), "streaming" (plain PyTorch, any device, no N×K matrix), "reference"
             (N×K matrices, for checking), or "auto": "triton" where it can be, else "streaming".
             All differentiate z, codebook and temperature by hand-written formulas. The fused
-            kernels have been checked in Triton's interpreter and compiled, but not yet run on a
-            GPU; `python -m pytest -m gpu` checks yours.
+            kernels have been checked on an H200; `python -m pytest -m gpu` checks your GPU.
         precision: how the fused kernels may multiply float32 latents: "highest" is as accurate as
             float32 products, "high" only in the scores (the rest has bfloat16 operands), "medium"
             has bfloat16 operands throughout; None follows `torch.get_float32_matmul_precision()`.
