@@ -129,7 +129,7 @@ class TrainConfig:
         each(SOFT, 1.0), "losses", "weight of ‖X−Decoder(sg[codes])‖², times the reconstruction's"
     )
     quantized_codes: Codes | None = setting(
-        each(SOFT, "nearest"), "losses", "the codes that loss decodes"
+        each(SOFT, "nearest"), "losses", "the codes that the reconstruction-quantizing loss decodes"
     )
     commitment_weight: float | None = setting(
         each(SOFT, 0.0, vqvae=0.25, vqvae_ema=0.25, vqvae2=0.25),
@@ -204,11 +204,11 @@ class TrainConfig:
     checkpoint_every: int | None = setting(
         None,
         "run",
-        "steps between checkpoints; the best step always has one; default: as evaluate_every",
+        "steps between checkpoints; the best step always has one; default: as --evaluate-every",
     )
 
     on_nan: Literal["stop", "skip"] = setting(
-        "stop", "run", "what to do at a loss or gradient that is not finite: end, or leave out step"
+        "stop", "run", "at a loss or gradient that is not finite: end, or leave the step out"
     )
 
     def __post_init__(self) -> None:
