@@ -180,7 +180,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--kernel", nargs="+", help="only these, e.g. forward nearest")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--quick", action="store_true", help="bf16 and fp32, D = 64 and 128")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="the CSV; default: triton-VERSION.csv")
     if "--quick" in arguments:
         parser.set_defaults(**QUICK)
     options = parser.parse_args(arguments)

@@ -120,7 +120,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dim", type=int, nargs="+", default=DIMS, help="1 to 256")
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS, help="what is done")
     parser.add_argument("--quick", action="store_true", help="bf16 and fp32, D = 64, all and hard")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="the CSV; default: triton-VERSION.csv")
     if "--quick" in arguments:
         parser.set_defaults(**QUICK)
     options = parser.parse_args(arguments)

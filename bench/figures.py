@@ -1,4 +1,4 @@
-"""Figures from the results of every device: time and memory against K, and accuracy."""
+"""Figures from the results of every device: time, memory and perplexity against K; accuracy."""
 
 import argparse
 import csv
@@ -81,7 +81,7 @@ def time(rows: Rows) -> Figure | None:
 
 
 def memory(rows: Rows) -> Figure | None:
-    """Bytes against K: measured points and, dashed, the line through the last two."""
+    """Bytes against K: measured points and, dashed, the line that continues them."""
     rows = [r for r in rows if r["command"] == "memory"]
     if not rows:
         return None
