@@ -1,7 +1,7 @@
 """What only a GPU can show of the kernels: the same bits every time, large and huge problems.
 
 `python -m pytest -m gpu` runs what needs a GPU, here and in the other files. Most of its time goes
-into compiling some hundred kernels, by one process: with pytest-xdist, `-n 8` shares them out.
+into compiling some 470 kernels, by one process: with pytest-xdist, `-n 9` shares them out.
 Where there is a GPU, the other tests of the kernels compile them too, instead of interpreting them.
 """
 
