@@ -162,7 +162,8 @@ class Quantizer(KeepsFloat32):
         """Quantise x (B, ..., dim), or (B, dim, ...) without channel_last.
 
         Args:
-            x: float16, bfloat16, float32 or float64.
+            x: float16, bfloat16, float32 or float64; where a linear layer leads in, of its dtype
+                outside autocast.
             mask: (B, ...) bool; where it is False nothing is quantised, counted or trained, the
                 output is the input (or zero) and the indices are −1. On a GPU a mask costs a host
                 synchronisation, for the rows that count are picked out first.
