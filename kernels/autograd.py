@@ -1,12 +1,47 @@
 """Differentiable operators: the registered forward joined to the hand-written backward."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from softvq.kernels import operators
+
+
+class _Last(torch.autograd.Function):
+    """A gradient as it is; its own gradient, also by the tensors it depends on, is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *depends_on: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            "softvq's soft operators can be differentiated once, not twice; a second derivative "
+            "has what plain PyTorch makes of softvq.assignment_probabilities"
+        )
+
+
+def _differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]):
+    """For a backward: whoever differentiates what it returns gets an error.
+
+    PyTorch's `once_differentiable` looks at the incoming gradients alone; those of a sum do not
+    depend on anything, and the second derivative would be zero without a word.
+    """
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grads = backward(ctx, *incoming)
+        if torch.is_grad_enabled():
+            depends_on = *incoming, *ctx.saved_tensors
+            grads = tuple(None if x is None else _Last.apply(x, *depends_on) for x in grads)
+        return grads
+
+    return once
 
 
 class SoftQuantize(torch.autograd.Function):
@@ -48,7 +83,7 @@ class SoftQuantize(torch.autograd.Function):
         return quantized, indices, log_partition, entropy
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(
         ctx: Any,
         grad_quantized: Tensor | None,
@@ -101,7 +136,7 @@ class CodeUsage(torch.autograd.Function):
         return sums[..., 0] / z.shape[1], entropy
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(
         ctx: Any, grad_usage: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
