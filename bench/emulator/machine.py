@@ -103,6 +103,8 @@ class Machine:
                         position[mask] = program.labels[instruction.operands[0]]
                     case "ret":
                         position[mask] = end
+                    case "trap":  # all that is left of a kernel the compiler could not compile
+                        raise Fault("trap")
                     case "bar" | "barrier":
                         at_barrier |= mask
                         met = (at_barrier | (position == end)).all(1)

@@ -70,7 +70,8 @@ def try_wait(m: Machine, i: Instruction) -> bool:
 
 def _one(m: Machine, i: Instruction, operand: Address) -> int | None:
     """An address that is the same for all who name it; None if nobody does."""
-    base = m.only(i, operand.base, "u32")
+    # Triton 3.6 names a barrier by 64 bits.
+    base = m.only(i, operand.base, "u64" if operand.base.startswith("%rd") else "u32")
     return None if base is None else int(base) + operand.offset
 
 
