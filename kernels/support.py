@@ -1,5 +1,6 @@
 """What the Triton kernels can take, and on which cards; asked before any of them is imported."""
 
+import importlib.metadata
 import importlib.util
 import os
 
@@ -10,6 +11,18 @@ from softvq.kernels import tiles
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _LEAST_CAPABILITY = 8  # from there on matrix units take bfloat16
+_BLACKWELL_TRITON = (3, 8)  # older ones compile some of the products for its matrix unit to a trap
+
+
+def _triton_version() -> tuple[int, ...]:
+    """As the package has it, for this module imports no Triton; of another name, a new one."""
+    try:
+        return tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
+    except importlib.metadata.PackageNotFoundError:
+        return _BLACKWELL_TRITON
+
+
+_TRITON_VERSION = _triton_version()
 
 
 def obstacle(z: Tensor) -> str | None:
@@ -35,7 +48,12 @@ def soft_obstacle(z: Tensor, codebook: Tensor) -> str | None:
     """`obstacle` for the kernels that multiply."""
     if torch.float64 in (z.dtype, codebook.dtype):
         return "has no float64; use 'streaming' or 'reference'"
-    return obstacle(z)
+    if (lacking := obstacle(z)) is not None:
+        return lacking
+    if _TRITON_VERSION < _BLACKWELL_TRITON and tiles.architecture(z.device) == "blackwell":
+        needed, found = (".".join(map(str, x)) for x in (_BLACKWELL_TRITON, _TRITON_VERSION))
+        return f"needs triton {needed} on this GPU, {found} is installed"
+    return None
 
 
 def too_wide(z: Tensor) -> bool:

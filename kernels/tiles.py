@@ -93,7 +93,7 @@ _BLACKWELL: Table = {
     ("forward", "mixed"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 64, 8)),
     ("forward", "converted"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 128, 4, 1, 2)),
     ("forward", "high"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 32, 4, 1, 2)),
-    ("forward", "split"): (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 64, 4, 1, 2)),
+    ("forward", "split"): (Tile(64, 64, 4, 1), Tile(64, 64, 8, 1), Tile(64, 64, 4, 1, 2)),
     ("row_gradients", "bfloat16"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
     ("row_gradients", "mixed"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
     ("row_gradients", "converted"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 128, 4, 1, 2)),

@@ -21,6 +21,7 @@ import softvq
 from bench.bounds import check, make
 from softvq.kernels import fused, tiles, tuning
 from softvq.kernels.arithmetic import arithmetic
+from softvq.kernels.tuning import agree
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TABLES = Path(__file__).parents[2] / "bench" / "results" / "compile"
@@ -36,11 +37,15 @@ class Card(SimpleNamespace):
 
     times: dict[tiles.Tile, float]  # 1.0 if missing
     timed: list[tiles.Tile]
+    wrong: list[tiles.Tile]
     capturing: bool
 
     def milliseconds(self, run, tile: tiles.Tile) -> float:
         self.timed.append(tile)
         return self.times.get(tile, 1.0)
+
+    def agree(self, run, tile: tiles.Tile, shipped: tiles.Tile) -> bool:
+        return tile not in self.wrong
 
 
 def new_process() -> None:
@@ -58,10 +63,11 @@ def cache(monkeypatch, tmp_path) -> Path:
 
 @pytest.fixture
 def card(monkeypatch, cache) -> Card:
-    card = Card(times={}, timed=[], capturing=False)
+    card = Card(times={}, timed=[], wrong=[], capturing=False)
     monkeypatch.setattr(tuning, "applies", lambda device: True)
     monkeypatch.setattr(tuning, "environment", lambda device: "a card, triton 1, softvq 2")
     monkeypatch.setattr(tuning, "milliseconds", card.milliseconds)
+    monkeypatch.setattr(tuning, "agree", card.agree)
     monkeypatch.setattr(tiles, "shared_memory", lambda device: SHARED_MEMORY["hopper"])
     monkeypatch.setattr(tiles, "architecture", lambda device: "hopper")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: card.capturing)
@@ -122,6 +128,37 @@ def test_noise_keeps_the_shipped_tile(card, cache):
     assert choose() == SHIPPED and not card.timed
     card.times[OTHER] = 0.96
     assert choose(dim=48) == OTHER
+
+
+def test_a_tile_that_computes_something_else_is_not_chosen(card):
+    second = SHIPPED._replace(codes=SHIPPED.codes // 2)
+    card.times |= {OTHER: 0.5, second: 0.6}
+    card.wrong.append(OTHER)
+    assert choose() == second
+    card.wrong.append(second)
+    assert choose(dim=48) == SHIPPED
+
+
+def test_what_agrees():
+    q, indices = torch.randn(40, 8), torch.arange(40)
+    near, tie, other, nan = q + 1e-3, indices.clone(), q.roll(1, 0), q.clone()
+    tie[3], nan[3, 3] = 0, math.nan
+
+    def agrees(found) -> bool:
+        memory = q.clone(), None, indices.clone()  # which both runs fill
+
+        def run(tile):
+            values = found if tile is OTHER else (q, None, indices)
+            for into, value in zip(memory, values, strict=True):
+                if into is not None:
+                    into.copy_(value)
+            return [], memory
+
+        return agree(run, OTHER, SHIPPED)
+
+    assert agrees((q, None, indices)) and agrees((near, None, tie))
+    assert not agrees((other, None, indices)) and not agrees((nan, None, indices))
+    assert not agrees((q, None, indices.flip(0)))
 
 
 def test_a_cold_start_keeps_the_shipped_tile(card, monkeypatch):
@@ -327,6 +364,7 @@ def smallest(card, monkeypatch):
         return tile.rows * tile.codes
 
     monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+    monkeypatch.setattr(tuning, "agree", agree)
 
 
 def test_results_do_not_depend_on_what_was_timed(smallest, cache):
