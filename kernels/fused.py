@@ -23,7 +23,7 @@ def soft_forward(
     """
     how = arithmetic(z.dtype, codebook.dtype, precision)
     with torch.cuda.device_of(z):
-        prepared = prepare(codebook, how)
+        prepared = prepare(codebook, how, temperature)
         return forward.launch(
             _unit_stride(z), prepared, codebook.shape[1], temperature, how, quantize=True
         )
@@ -58,7 +58,7 @@ def soft_backward(
         z, grad_quantized = _unit_stride(z), _unit_stride(grad_quantized)
         grad_log_partition = _float32_rows(grad_log_partition)
         grad_entropy = _float32_rows(grad_entropy)
-        prepared = prepare(codebook, how)
+        prepared = prepare(codebook, how, temperature)
         if row_state is None:
             saved = forward.launch(z, prepared, codes, temperature, how, quantize=True)
             quantized, indices, row_state = saved.quantized, saved.indices, saved.row_state
@@ -90,7 +90,7 @@ def probability_sums(
     codes = codebook.shape[1]
     with torch.cuda.device_of(z):
         z, values = _unit_stride(z), _unit_stride(values)
-        prepared = prepare(codebook, how)
+        prepared = prepare(codebook, how, temperature)
         if row_state is None:
             row_state = forward.launch(
                 z, prepared, codes, temperature, how, quantize=False

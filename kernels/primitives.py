@@ -12,9 +12,8 @@ INTERPRETING = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
-# ½‖c‖² of a code that only fills up a tile: its weight is 2^−huge = 0. Finite, because the entropy
-# multiplies weight and score, and 0·inf is not 0. Scaled by 2·log2(e)/T it stays finite for
-# T > 1e-7.
+# ½‖c‖² of a code that only fills up a tile: its weight is 2^−huge = 0. Times T where T < 1, so that
+# what is divided by T stays finite: the entropy multiplies weight and score, and 0·inf is not 0.
 PADDING_NORM = tl.constexpr(1e30)
 # Where a best score starts: below every other, and finite for the same reason.
 LOWEST = tl.constexpr(-1e38)

@@ -22,13 +22,18 @@ class PreparedCodebook(NamedTuple):
 
     high: Tensor  # (H, K, D), operand dtype
     low: Tensor | None  # (H, K, D)
-    half_norm: Tensor  # (H, K) float32, ½‖high + low‖², or PADDING_NORM
+    half_norm: Tensor  # (H, K) float32, ½‖high + low‖², or that of padding
     mean: Tensor | None  # (H, D) float32, as padded
     scale: Tensor | None  # (H) float32, a power of two
 
 
-def prepare(codebook: Tensor, how: Arithmetic) -> PreparedCodebook:
-    """One small kernel over the codebook (H, K, D), and reductions of it where it is moved."""
+def prepare(
+    codebook: Tensor, how: Arithmetic, temperature: Tensor | None = None
+) -> PreparedCodebook:
+    """One small kernel over the codebook (H, K, D), and reductions of it where it is moved.
+
+    The temperature () is the softmax's, if there is to be one.
+    """
     heads, codes, dim = codebook.shape
     pad = tiles.padded_dim(dim)
     padded_codes = triton.cdiv(codes, tiles.CODE_MULTIPLE) * tiles.CODE_MULTIPLE
@@ -44,7 +49,7 @@ def prepare(codebook: Tensor, how: Arithmetic) -> PreparedCodebook:
     low = torch.empty_like(high) if how.split_codebook else None
     half_norm = codebook.new_empty((heads, padded_codes), dtype=torch.float32)
     _prepare_kernel[(padded_codes // _CODES, heads)](
-        *(codebook, mean, scale, high, low, half_norm),
+        *(codebook, mean, scale, temperature, high, low, half_norm),
         *(codebook.stride(0), codebook.stride(1), codes, padded_codes),
         DIM=dim,
         PAD=pad,
@@ -71,6 +76,7 @@ def _prepare_kernel(
     codebook_pointer,
     mean_pointer,
     scale_pointer,
+    temperature_pointer,
     high_pointer,
     low_pointer,
     half_norm_pointer,
@@ -95,6 +101,8 @@ def _prepare_kernel(
         code -= tl.load(mean_pointer + head * PAD + dims)[None, :]
         code = tl.where((offsets < codes)[:, None], code, 0.0)
     padding_norm = PADDING_NORM
+    if temperature_pointer is not None:
+        padding_norm *= tl.minimum(tl.load(temperature_pointer).to(tl.float32), 1.0)
     if scale_pointer is not None:
         scale = tl.load(scale_pointer + head)
         code /= scale

@@ -3,6 +3,9 @@
 import math
 from collections.abc import Sequence
 
+# Of a squared distance, divided by it, float32 keeps something in either direction.
+LEAST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-20, 1e20
+
 
 def check_counts(least: int, **options: int | None) -> None:
     """Whole numbers from `least` up; None is left alone. Raises TypeError or ValueError."""
@@ -18,8 +21,17 @@ def check_counts(least: int, **options: int | None) -> None:
 def check_positive(**options: float) -> None:
     """Finite numbers above 0. Raises ValueError."""
     for name, value in options.items():
-        if not (value > 0 and math.isfinite(value)):
+        if not 0 < value < math.inf:
             raise ValueError(f"{name} must be a finite number above 0, got {value}")
+
+
+def check_temperatures(**options: float) -> None:
+    """Divisors of squared distances. Raises ValueError."""
+    for name, value in options.items():
+        if not LEAST_TEMPERATURE <= value <= LARGEST_TEMPERATURE:
+            raise ValueError(
+                f"{name} must be from {LEAST_TEMPERATURE} to {LARGEST_TEMPERATURE}, got {value}"
+            )
 
 
 def check_weights(**options: float) -> None:

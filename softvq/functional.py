@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from softvq.checks import check_choice, check_positive
+from softvq.checks import check_choice, check_temperatures
 from softvq.kernels import autograd, operators, reference, support
 from softvq.kernels.dtypes import accumulation_dtype
 
@@ -39,9 +39,9 @@ def soft_quantize(
     Args:
         z: (..., D), float16, bfloat16, float32 or float64. With H codebooks: (..., H, D).
         codebook: (K, D), or (H, K, D) for H independent codebooks; any of the same dtypes.
-        temperature: T > 0, the divisor of the squared distance **summed** over D. A number, or a
-            0-d tensor (differentiable; on a GPU it is used without a host synchronisation, and a
-            compiled graph does not recompile when it changes).
+        temperature: T, the divisor of the squared distance **summed** over D, from 1e-20 to 1e20. A
+            number, or a 0-d tensor (differentiable; on a GPU it is used without a host
+            synchronisation, and a compiled graph does not recompile when it changes).
         estimator: "soft", or "straight_through": the value of the nearest code with the gradient
             of the soft one.
         detach_probabilities: treat the probabilities as constants: only the codebook receives a
@@ -264,9 +264,9 @@ def _temperature_tensor(temperature: float | Tensor, z: Tensor) -> Tensor:
                 f"shape {tuple(temperature.shape)}, {temperature.dtype}"
             )
         if _may_read(temperature):
-            check_positive(temperature=temperature.item())
+            check_temperatures(temperature=temperature.item())
         return temperature.to(z.device)
-    check_positive(temperature=temperature)
+    check_temperatures(temperature=temperature)
     dtype = torch.promote_types(z.dtype, torch.float32)
     return torch.full((), temperature, dtype=dtype, device=z.device)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from softvq import losses
-from softvq.checks import check_positive, check_weights
+from softvq.checks import check_temperatures, check_weights
 from softvq.functional import soft_quantize
 from softvq.kernels import reference
 from softvq.quantizers.base import QuantizerOptions
@@ -75,7 +75,7 @@ class GumbelVQ(TemperedQuantizer):
         super().__init__(
             *(dim, codebook_size, codebook_dim, heads), temperature=temperature, **options
         )
-        check_positive(logits_temperature=logits_temperature)
+        check_temperatures(logits_temperature=logits_temperature)
         check_weights(kl_weight=kl_weight)
         self.logits_temperature = logits_temperature
         self.straight_through = straight_through

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softvq.checks import check_positive
+from softvq.checks import check_temperatures
 from softvq.quantizers.base import Quantizer
 
 
@@ -17,7 +17,7 @@ class TemperedQuantizer(Quantizer):
 
     def __init__(self, *sizes: Any, temperature: float, learn: bool = False, **options: Any):
         super().__init__(*sizes, **options)
-        check_positive(temperature=temperature)
+        check_temperatures(temperature=temperature)
         log_temperature = torch.tensor(math.log(temperature))
         if learn:
             self.log_temperature = nn.Parameter(log_temperature)
@@ -34,10 +34,10 @@ class TemperedQuantizer(Quantizer):
         """Set T in place, without a host synchronisation when it is a tensor.
 
         Raises:
-            ValueError: a number that is not finite or not above 0; a tensor is not read.
+            ValueError: a number below 1e-20 or above 1e20; a tensor is not read.
         """
         if isinstance(temperature, Tensor):
             self.log_temperature.copy_(temperature.log())
         else:
-            check_positive(temperature=temperature)
+            check_temperatures(temperature=temperature)
             self.log_temperature.fill_(math.log(temperature))
