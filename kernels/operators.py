@@ -34,8 +34,9 @@ def _register(signature: str, fake) -> None:
     def call(*args):
         *inputs, precision, backend = args
         function = getattr(import_module(BACKENDS[backend]), name)
-        # The backend chooses its own precision; autocast would lower its matrix products.
-        with torch.autocast(inputs[0].device.type, enabled=False):
+        # The backend chooses its own precision; autocast would lower its matrix products. And what
+        # differentiates it is not here: an exported graph has only the forward.
+        with torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):
             outputs = function(*inputs, precision or _torch_precision())
         return _promised(outputs, like=inputs[0])
 

@@ -230,6 +230,7 @@ def chosen(z: torch.Tensor, backend="auto") -> tuple[str, str]:
 
 @needs_triton
 def test_auto_is_fused_where_the_kernels_can_be_used(fake_card, monkeypatch):
+    monkeypatch.setattr(support, "_TRITON_VERSION", (3, 8))
     for major in (8, 9, 10, 12):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             assert chosen(fake_card(major, 256, dtype)) == ("triton",) * 2
@@ -237,6 +238,10 @@ def test_auto_is_fused_where_the_kernels_can_be_used(fake_card, monkeypatch):
     assert chosen(fake_card(dtype=torch.float64)) == ("streaming", "triton")
     assert chosen(fake_card(major=7)) == ("streaming",) * 2
     assert chosen(torch.empty(3, 4)) == ("streaming",) * 2
+    monkeypatch.setattr(support, "_TRITON_VERSION", (3, 7))
+    assert chosen(fake_card(major=9)) == ("triton",) * 2
+    assert chosen(fake_card(major=10)) == ("streaming", "triton")
+    assert chosen(fake_card(major=12)) == ("triton",) * 2
     monkeypatch.setattr(support, "_HAS_TRITON", False)
     assert chosen(fake_card()) == ("streaming",) * 2
 
@@ -247,6 +252,9 @@ def test_triton_says_what_it_lacks(fake_card, monkeypatch):
         chosen(fake_card(dtype=torch.float64), "triton")
     with pytest.raises(ValueError, match=r"compute capability 8\.0, Card has 7\.5"):
         chosen(fake_card(major=7), "triton")
+    monkeypatch.setattr(support, "_TRITON_VERSION", (3, 7))
+    with pytest.raises(ValueError, match=r"needs triton 3\.8 on this GPU, 3\.7 is installed"):
+        chosen(fake_card(major=10), "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="'triton' needs CUDA tensors, got cpu"):
         softvq.code_sums(torch.ones(3, 4), torch.tensor([0, 1, 1]), 2, backend="triton")
@@ -271,7 +279,9 @@ def test_no_rows(backend):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"temperature": 0.0}, ValueError, "temperature must be a finite number above 0, got 0.0"),
+        ({"temperature": 0.0}, ValueError, r"temperature must be from 1e-20 to 1e\+20, got 0\.0"),
+        ({"temperature": torch.tensor(2.0**70)}, ValueError, "temperature .* got 1.18"),
+        ({"temperature": 1e-21}, ValueError, "temperature .* got 1e-21"),
         ({"temperature": -1}, ValueError, "temperature .* got -1"),
         ({"temperature": float("nan")}, ValueError, "temperature .* got nan"),
         ({"temperature": float("inf")}, ValueError, "temperature .* got inf"),

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from softvq import losses
-from softvq.checks import check_counts, check_positive, check_weights
+from softvq.checks import check_counts, check_temperatures, check_weights
 from softvq.distributed.collectives import sum_over_replicas
 from softvq.functional import usage_and_entropy
 from softvq.quantizers.kmeans import kmeans
@@ -95,7 +95,7 @@ class Quantizer(KeepsFloat32):
         )
         check_counts(0, kmeans_iters=kmeans_iters)
         check_weights(entropy_weight=entropy_weight)
-        check_positive(entropy_temperature=entropy_temperature)
+        check_temperatures(entropy_temperature=entropy_temperature)
         if codebook_dim is None and dim % heads:
             raise ValueError(f"dim {dim} does not divide into {heads} heads; give codebook_dim")
         self.dim = dim
@@ -251,8 +251,18 @@ class Quantizer(KeepsFloat32):
         """Codes (..., D) of indices (...); with heads (..., heads, D) of (..., heads); 0 for −1.
 
         Raises:
+            TypeError: indices that are no whole numbers.
+            ValueError: indices that do not end in an axis of the heads.
             IndexError: an index from K up.
         """
+        if indices.is_floating_point() or indices.dtype == torch.bool:
+            raise TypeError(f"indices must be whole numbers, got {indices.dtype}")
+        if self.heads > 1 and indices.shape[-1:] != (self.heads,):
+            raise ValueError(
+                f"indices must be (..., heads) with heads = {self.heads}, "
+                f"got {tuple(indices.shape)}"
+            )
+        indices = indices.long()  # of bytes, indexing would make a mask
         codes = codes_at(self.codebook, indices.clamp(min=0))
         return codes.masked_fill((indices < 0)[..., None], 0)
 

@@ -237,6 +237,25 @@ def test_compiles_without_a_break(kind, options):
         torch.testing.assert_close(value, other.state_dict()[name])
 
 
+def test_exported_for_inference():
+    """An exported graph has the forward alone, also where gradients are on."""
+    vq, x = layer(SoftVQ).eval(), torch.randn(40, DIM, requires_grad=True)
+    exported = torch.export.export(vq, (x,)).module()
+    for a, b in zip(exported(x), vq(x), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_indices_of_any_whole_number():
+    vq, indices = layer(VQ), torch.tensor([1, 0, 2])
+    for dtype in (torch.uint8, torch.int32):
+        assert torch.equal(vq.get_codes_from_indices(indices.to(dtype)), vq.codebook[indices])
+    for dtype in (torch.bool, torch.float32):
+        with pytest.raises(TypeError, match=f"indices must be whole numbers, got {dtype}"):
+            vq.get_codes_from_indices(indices.to(dtype))
+    with pytest.raises(ValueError, match=r"\(\.\.\., heads\) with heads = 3, got \(4, 2\)"):
+        layer(VQ, **SEPARATE).get_output_from_indices(torch.zeros(4, 2, dtype=torch.int64))
+
+
 @each
 @pytest.mark.parametrize(
     ("options", "error", "message"),
