@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         status = options.command(options)
-        sys.stdout.flush()
+        if sys.stdout:  # may be closed
+            sys.stdout.flush()
         return status
     except KeyboardInterrupt as stop:
         print(f"{options.parser.prog}: stopped{stop}", file=sys.stderr)

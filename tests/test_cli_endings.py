@@ -76,10 +76,17 @@ def test_a_path_is_printed_as_it_is(capsys):
     assert "report: a[/b]:smile:/report.html\n" in capsys.readouterr().out
 
 
-def test_a_reader_that_leaves_is_no_error(run):
+@pytest.mark.parametrize("command", ["report", "train"])
+def test_a_reader_that_leaves_is_no_error(run, command, tmp_path):
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "softvq", "report", run]
+    arguments = {"report": [run], "train": ["--out", str(tmp_path / "new"), *FAST[:-1]]}[command]
+    command = [sys.executable, "-m", "softvq", command, *arguments]
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_nobody_reads_at_all(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["report", str(run)]) == 0

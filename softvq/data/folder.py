@@ -106,7 +106,7 @@ def _shape(pictures: Pictures, image_size: tuple[int, int] | None) -> tuple[int,
         other = int(others[0])
         raise DataError(
             f"{pictures.name(other)}: {rows['height'][other]}x{rows['width'][other]} pixels, but "
-            f"{pictures.name(0)} has {height}x{width} (height x width); give one size for all with "
-            "--image-size"
+            f"{pictures.name(0)} has {height}x{width} (height x width); a model is trained on one "
+            "size, which softvq train --image-size makes of all"
         )
     return channels, height, width

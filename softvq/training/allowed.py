@@ -18,7 +18,7 @@ OF_FOLDERS = {
 def check_values(settings: Any) -> None:
     """Raise ConfigError for a value that no model allows. settings: a TrainConfig."""
     counts = "latent_dim codebook_size width layers steps evaluate_every checkpoint_every"
-    check(settings, counts, lambda v: v >= 1, "at least 1")
+    check(settings, counts, lambda v: 1 <= v < 2**31, "from 1 to 2^31 − 1")
     check(settings, "batch_size", lambda v: v >= 2, "at least 2, for the batch norms")
     check(settings, "seed", lambda v: 0 <= v < 2**32, "from 0 to 2^32 − 1")
     check(settings, "residual_blocks workers", lambda v: v >= 0, "at least 0")
@@ -31,8 +31,8 @@ def check_values(settings: Any) -> None:
     check(settings, from_zero, lambda v: 0 <= v < math.inf, "a number from 0 up")
     check(settings, "validation_fraction", lambda v: 0 < v < 1, "between 0 and 1")
     check(settings, "decay dropout", lambda v: 0 <= v < 1, "a number in [0, 1)")
-    check(settings, "temperature_ratio", _is_ratio, "auto or a number in (0, 1]")
-    check(settings, "temperature", _is_temperature, "auto or a number above 0")
+    check(settings, "temperature_ratio", _is_ratio, "auto or a number from 1e-10 to 1")
+    check(settings, "temperature", _is_temperature, "auto or a number from 1e-10 to 1e10")
     check(settings, "latent_grid image_size", _is_size, "a size such as 7 or 7x5")
     check(settings, "hidden", re.compile(r"[1-9]\d*(,[1-9]\d*)*").fullmatch, "such as 256,64")
 
@@ -92,7 +92,7 @@ def _is_size(text: str) -> bool:
 
 def _is_temperature(text: str) -> bool:
     try:
-        return text == "auto" or 0 < float(text) < math.inf
+        return text == "auto" or 1e-10 <= float(text) <= 1e10
     except ValueError:
         return False
 

@@ -146,7 +146,9 @@ def _restore(state: dict[str, Any], parts: dict[str, Stateful]) -> Progress:
         _restore_random_state(state["random"])
         return Progress(**state["progress"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise DamagedError("it does not fit the run's config.toml") from error
+        raise DamagedError(
+            "it does not fit the run's config.toml; if that was edited, undo it"
+        ) from error
 
 
 def _retire(folder: Path) -> None:

@@ -84,14 +84,15 @@ def array_name(split: str, level: str) -> str:
     return split if level == LEVEL else f"{split}_{level}"
 
 
-def write_codes(path: Path, splits: CodeSplits) -> None:
+def write_codes(path: Path, splits: CodeSplits, model: str) -> None:
     """Write codes to an .npz file.
 
     It holds for each split NAME the arrays NAME, the nearest codes (N, h, w) int32 (of a model of
-    two levels NAME_top and NAME_bottom), and NAME_labels (N,) int64; and codebook_size.
+    two levels NAME_top and NAME_bottom), and NAME_labels (N,) int64; codebook_size; and model, the
+    fingerprint of the run whose codes they are.
     """
     sizes = {level.codebook_size for level in splits.levels.values()}
-    arrays: dict[str, np.ndarray] = {"codebook_size": np.array(max(sizes))}
+    arrays = {"codebook_size": np.array(max(sizes)), "model": np.array(model)}
     for split, held in zip(SPLITS, splits[:3], strict=True):
         for level, codes in held.codes.items():
             arrays[array_name(split, level)] = codes.numpy()
@@ -100,14 +101,21 @@ def write_codes(path: Path, splits: CodeSplits) -> None:
         np.savez_compressed(file, **arrays)
 
 
-def read_codes(path: Path, split: str, levels: Mapping[str, CodeLevel]) -> dict[str, Tensor]:
-    """Codes (N, h, w) int64 by level of one split of a written file. Raises DataError."""
+def read_codes(
+    path: Path, split: str, levels: Mapping[str, CodeLevel], model: str
+) -> dict[str, Tensor]:
+    """Codes (N, h, w) int64 by level of one split of a file; of one that names no model, too.
+
+    Raises DataError, also where the file names another model.
+    """
     codes = {}
     for level, (grid, size) in levels.items():
         name = array_name(split, level)
         try:
             with np.load(path, allow_pickle=False) as file:
                 indices = torch.from_numpy(file[name].astype(np.int64, casting="safe"))
+                if str(file.get("model", model)) != model:
+                    raise DataError(f"{path}: codes of another model, or from before it changed")
         except KeyError:
             raise DataError(f"{path}: holds no codes named {name!r}") from None
         # An empty file, an array without names, numbers that are no integers, a broken archive.

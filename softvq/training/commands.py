@@ -72,11 +72,22 @@ def reconstruct(run: RunFolder, sources: Sequence[Path], out: Path) -> list[Path
     model = run.load_model(device)
     paths = [p for s in sources for p in (find_images(s) if s.is_dir() else [s])]
     images = load_images(paths, model.image_shape, fitted=config.image_size is not None)
-    out.mkdir(parents=True, exist_ok=True)
-    pages = [out / f"reconstructions-{n}.png" for n in range(-(-len(images) // PER_ROW))]
+    names = [f"reconstructions-{n}.png" for n in range(-(-len(images) // PER_ROW))]
+    pages = _to_write(out, names, "reconstructions-*.png")
     for page, batch in zip(pages, images.split(PER_ROW), strict=True):
         save_rows(page, reconstruction_rows(model, to_pixels(batch, device), None))
     return pages
+
+
+def _to_write(folder: Path, names: list[str], like: str) -> list[Path]:
+    """The folder, made, with these names. Raises DataError where others like them would stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if others := sorted({path.name for path in folder.glob(like)} - set(names)):
+        raise DataError(
+            f"{folder}: holds {others[0]}, which would stay among the {len(names)} pictures to be "
+            "written; choose an empty or a new folder"
+        )
+    return [folder / name for name in names]
 
 
 def encode(run: RunFolder, data: str | None, data_dir: Path | None, out: Path) -> Path:
@@ -95,7 +106,7 @@ def encode(run: RunFolder, data: str | None, data_dir: Path | None, out: Path) -
             f"{data or config.data}: images of shape {splits.image_shape}, but the model is for "
             f"{model.image_shape}"
         )
-    write_codes(out, encode_splits(model, splits, device))
+    write_codes(out, encode_splits(model, splits, device), run.fingerprint())
     return out
 
 
@@ -104,17 +115,15 @@ def decode(run: RunFolder, codes: Path, split: str, out: Path) -> Path:
     """Write the image of each of the split's code grids to `out`, as 00000.png and so on."""
     device = torch_device()
     model = load_tokenizer(run, device)
-    indices = read_codes(codes, split, model.levels)
-    out.mkdir(parents=True, exist_ok=True)
+    indices = read_codes(codes, split, model.levels, run.fingerprint())
     total, size = len(next(iter(indices.values()))), batch_size(model.image_shape)
+    paths = _to_write(out, [f"{number:05}.png" for number in range(total)], "[0-9]*.png")
     for start in range(0, total, size):
         batch = {name: grid[start : start + size].to(device) for name, grid in indices.items()}
         images = model.decode_indices(batch)
         pixels = images.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        for number, image in enumerate(pixels, start):
-            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
-                out / f"{number:05}.png"
-            )
+        for path, image in zip(paths[start : start + size], pixels, strict=True):
+            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(path)
     return out
 
 

@@ -21,8 +21,15 @@ from torch import Tensor
 
 from softvq.training.checkpoint import Progress
 from softvq.training.config import TrainConfig
+from softvq.training.outbox import FULL
 
 REFRESH_SECONDS = 0.5  # between two readings of the losses: each one waits for the device
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Called where it is handled; the command line ends as others do then."""
+        raise
 
 
 class Display:
@@ -31,7 +38,7 @@ class Display:
     def __init__(self, config: TrainConfig, *, quiet: bool):
         self.config = config
         # Paths are no markup.
-        self.console = Console(quiet=quiet, highlight=False, markup=False, emoji=False)
+        self.console = _Console(quiet=quiet, highlight=False, markup=False, emoji=False)
         self.bar = Bar(
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),
@@ -87,7 +94,11 @@ class Display:
         self._print(f"test: {summary(values)}\nreport: {report}")
 
     def _print(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)
+        try:
+            self.console.print(text, soft_wrap=True)
+        except OSError as error:
+            if error.errno not in FULL:  # a log on the disk whose being full is no reason to stop
+                raise
 
 
 def with_bar(items: Iterable[Any], number: int, what: str) -> Iterable[Any]:

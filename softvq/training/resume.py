@@ -18,16 +18,23 @@ from softvq.training.run_folder import RunError, RunFolder, model_bytes
 from softvq.training.warn import warn
 
 
-def resume_run(run: RunFolder, parts: dict[str, Stateful], shape: dict[str, Any]) -> Progress:
+def resume_run(
+    run: RunFolder, parts: dict[str, Stateful], shape: dict[str, Any], steps: int
+) -> Progress:
     """Restore the newest checkpoint that is whole, and the files of the run as they were then.
 
-    A run that was killed before its first checkpoint begins anew. Raises RunError.
+    A run that was killed before its first checkpoint begins anew. Raises RunError, also for one
+    that trained for more than these steps.
     """
     progress, problems = load_checkpoint(run.checkpoints, parts)
     if progress is None:
         if read_metrics(run.metrics)[0]:
             raise RunError(f"{run.path}: no checkpoint to resume from; start with --overwrite")
         progress = Progress()
+    if progress.step > steps:
+        raise RunError(
+            f"{run.path}: trained for {progress.step} steps, more than its config.toml has, {steps}"
+        )
     for problem in problems:
         warn(f"{problem}; going on from step {progress.step}")
     remove_checkpoints_after(run.checkpoints, progress.step)

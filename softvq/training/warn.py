@@ -1,8 +1,10 @@
 """Lines that also those want to see who asked for quiet."""
 
+import contextlib
 import sys
 
 
 def warn(text: str) -> None:
-    """Print a warning."""
-    print(f"warning: {text}", file=sys.stderr)
+    """Print a warning, if there is room where it goes."""
+    with contextlib.suppress(OSError):
+        print(f"warning: {text}", file=sys.stderr)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from softvq.data import DataError, load_data
 from softvq.models import LEVEL, CodeLevel
@@ -85,8 +87,9 @@ def test_encode_and_decode_go_round(copy_of, model, suffixes, tmp_path):
     grids = {"": (2, 2), "_top": (1, 1), "_bottom": (2, 2)}
     with np.load(codes) as file:
         names = {f"{split}{suffix}" for split in SPLITS for suffix in suffixes.values()}
-        assert {*names, *(f"{split}_labels" for split in SPLITS), "codebook_size"} == set(file)
-        assert file["codebook_size"] == 8
+        names |= {*(f"{split}_labels" for split in SPLITS), "codebook_size", "model"}
+        assert names == set(file)
+        assert file["codebook_size"] == 8 and file["model"] == run.fingerprint()
         for split in SPLITS:
             images = getattr(data, split)
             for suffix in suffixes.values():
@@ -279,9 +282,31 @@ def test_codes_of_another_model(run, tmp_path, grids):
         decode(run, tmp_path / "codes.npz", "test", tmp_path / "out")
 
 
+def test_codes_of_a_model_that_has_changed_since(run, codes, tmp_path):
+    with safe_open(run.model, "pt") as file:
+        shape = file.metadata()
+    save_file({name: x + 1 for name, x in load_file(run.model).items()}, run.model, shape)
+    with pytest.raises(DataError, match=r"codes\.npz: codes of another model"):
+        decode(run, codes, "test", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_pictures_of_more_codes(run, codes, tmp_path):
+    """Ones that stay would be taken for these."""
+    out = decode(run, codes, "test", tmp_path / "out")
+    assert decode(run, codes, "test", out) == out  # the same again
+    with pytest.raises(DataError, match=r"out: holds 00144\.png, .* choose an empty or a new"):
+        decode(run, codes, "validation", out)
+    several = [out / f"{n:05}.png" for n in range(commands.PER_ROW + 1)]
+    pages = reconstruct(run, several, tmp_path / "pages")
+    assert reconstruct(run, several, tmp_path / "pages") == pages and len(pages) == 2
+    with pytest.raises(DataError, match=r"pages: holds reconstructions-1\.png, .*empty"):
+        reconstruct(run, [out / "00000.png"], tmp_path / "pages")
+
+
 def test_a_split_the_file_does_not_hold(run, codes):
     with pytest.raises(DataError, match=r"codes\.npz: holds no codes named 'holiday'"):
-        read_codes(codes, "holiday", {LEVEL: CodeLevel((2, 2), 8)})
+        read_codes(codes, "holiday", {LEVEL: CodeLevel((2, 2), 8)}, run.fingerprint())
 
 
 def test_an_unfinished_run_has_no_model(run):

@@ -3,11 +3,13 @@
 import contextlib
 import dataclasses
 import errno
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -119,6 +121,20 @@ def test_a_disk_that_is_full_for_a_while(disk, config, tiny_run, monkeypatch, ca
     assert leftovers(disk.run) == []
 
 
+def test_a_log_on_the_full_disk(disk, config, tiny_run, monkeypatch):
+    """Neither its lines nor the warning can be written; that is no reason to stop either."""
+
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    monkeypatch.setattr(sys, "stderr", Full())
+    at_steps(monkeypatch, {6: disk.fill, 12: disk.clear})
+    assert train(config, disk.run)
+    assert metrics_of(disk.run) == metrics_of(tiny_run)
+
+
 def test_a_disk_that_fills_twice_is_reported_twice(disk, config, monkeypatch, capsys):
     at_steps(monkeypatch, {3: disk.fill, 6: disk.clear, 9: disk.fill, 12: disk.clear})
     assert train(config, disk.run, quiet=True)
@@ -224,7 +240,7 @@ def test_the_best_weights_are_lost(tmp_path, capsys):
         progress = Progress(step=step, best_step=2, best_error=0.5, best_sha256="of step 2")
         save_checkpoint(run.checkpoints, progress, parts)
     damage(run.checkpoints / "step-2" / "tensors.safetensors")
-    progress = resume_run(run, parts, {})
+    progress = resume_run(run, parts, {}, 10)
     assert (progress.step, progress.best_step, progress.best_error) == (3, 0, float("inf"))
     error = capsys.readouterr().err
     assert "not the best weights, and the checkpoint of step 2 that had them is damaged" in error

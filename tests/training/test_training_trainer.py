@@ -16,7 +16,7 @@ from softvq.training import steering
 from softvq.training.checkpoint import read_checkpoint
 from softvq.training.config import MODELS
 from softvq.training.guards import Guard
-from softvq.training.run_folder import RunFolder
+from softvq.training.run_folder import RunError, RunFolder
 from softvq.training.trainer import Trainer, TrainingError, batches, set_learning_rates, train
 from tests.runs import metrics_of
 
@@ -163,6 +163,16 @@ def test_resuming_a_finished_run_changes_nothing(config, tiny_run, tmp_path):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     assert train(config, run, resume=True, quiet=True)
     same_runs(run, tiny_run)
+
+
+def test_resuming_with_fewer_steps_than_were_trained(tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(text.replace("steps = 12", "steps = 7"))
+    before = metrics_of(run)
+    with pytest.raises(RunError, match=r"run: trained for 12 steps, more than .* has, 7"):
+        train(RunFolder(run).read_config(), run, resume=True, quiet=True)
+    assert metrics_of(run) == before
 
 
 def test_overwrite_leaves_nothing_of_the_old_run(config, tiny_run, tmp_path):
