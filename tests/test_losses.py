@@ -57,6 +57,15 @@ def test_quantizing_error_is_a_mean_with_a_finite_gradient_at_zero():
     assert torch.equal(z.grad, torch.zeros(1, 2))
 
 
+@pytest.mark.parametrize(
+    "loss", [losses.reconstruction_error, losses.kl_divergence, losses.quantizing_error]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_summed_in_float32(loss, dtype):
+    pair = torch.randn(2, 37, 5, DIM).to(dtype)
+    torch.testing.assert_close(loss(*pair), loss(*pair.float()), rtol=1e-6, atol=0)
+
+
 def test_free_energy_of_a_cold_codebook_is_the_squared_distance_per_element():
     z, codebook = clusters()
     temperature = torch.tensor(1e-4, dtype=torch.float64)
