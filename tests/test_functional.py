@@ -96,6 +96,8 @@ def test_heads_are_independent_codebooks(backend):
         for a, b in zip(together, alone, strict=True):
             torch.testing.assert_close(a[:, :, head], b)
     assert softvq.code_usage(z, codebook, 0.5).shape == (3, 10)
+    one = softvq.code_usage(z[:, :, :1], codebook[:1], 0.5)
+    assert one.shape == (1, 10)  # a head of its own is no plain codebook
     assert softvq.assignment_probabilities(z, codebook, 0.5).shape == (2, 7, 3, 10)
     indices, distance = softvq.nearest_codes(z, codebook)
     assert indices.shape == distance.shape == (2, 7, 3)
