@@ -106,6 +106,15 @@ def test_untrained_prior_is_uniform():
     torch.testing.assert_close(prior.log_likelihood(codes), expected)
 
 
+def test_every_level_has_the_options_of_the_prior():
+    levels = {"top": CodeLevel((1, 2), 3), "bottom": CodeLevel((2, 4), 5)}
+    prior = CodePrior(levels, classes=4, width=6, layers=2, kernel=5, dropout=0.3)
+    for network in prior.networks.values():
+        assert network.classes.weight.shape == (4 + 1, 6) and len(network.layers) == 2
+        for layer in network.layers:
+            assert layer.vertical.kernel_size == (3, 5) and layer.residual[0].p == 0.3
+
+
 @pytest.mark.parametrize("label", [None, -1, 0, 1])
 def test_probabilities_of_all_grids_sum_to_one(label):
     codes = all_codes((2, 2))
