@@ -20,6 +20,7 @@ CASES = {
     "parameters": (VQ, {"kmeans_init": True}),
     "seeds": (VQ, {"kmeans_init": True, "kmeans_iters": 0}),
     "apart": (EMAVQ, {"sync_codebook": False}),
+    "kmeans apart": (VQ, {"kmeans_init": True, "sync_codebook": False}),
 }
 ENTROPY = {"entropy_weight": 0.5}
 LEARNED = {"learn_temperature": True, "codebook_loss": "likelihood"}

@@ -24,7 +24,8 @@ from tests.quantizers.replica import (
 )
 
 WORKER = Path(__file__).with_name("replica.py")
-SYNCED = [case for case in CASES if case != "apart"]
+APART = {"apart": "means", "kmeans apart": "codebook_parameter"}
+SYNCED = [case for case in CASES if case not in APART]
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +70,9 @@ def test_codes_restart_at_latents_that_only_the_other_replica_has(replicas):
     assert all((rows == code).all(-1).any() for code in restarted)
 
 
-def test_without_synchronisation_they_part(replicas):
-    first, second = (results["apart"]["means"] for results in replicas)
+@pytest.mark.parametrize(("case", "codes"), list(APART.items()))
+def test_without_synchronisation_they_part(replicas, case, codes):
+    first, second = (results[case][codes] for results in replicas)
     assert not torch.equal(first, second)
 
 
