@@ -28,6 +28,25 @@ def test_half_precision_keeps_statistics_and_losses_in_float32(kind, dtype):
 
 
 @each
+def test_masked_positions_follow_the_output_to_half_precision(kind):
+    vq, x, mask = layer(kind, codebook_dim=4), torch.randn(4, 10, DIM), torch.rand(4, 10) < 0.6
+    with torch.autocast("cpu", torch.bfloat16):
+        quantized, _, _ = vq(x, mask=mask)
+    assert quantized.dtype == torch.bfloat16
+    assert torch.equal(quantized[~mask], x[~mask].bfloat16())
+
+
+@each
+def test_directions_of_half_precision_may_be_long_or_none(kind):
+    """The length of the first is above what a float16 can be, 1/length of the second."""
+    vq = layer(kind, use_cosine_sim=True).half().eval()
+    x = torch.stack([torch.full((DIM,), 6e4), torch.zeros(DIM)]).half()
+    quantized, indices, loss = vq(x)
+    assert quantized.isfinite().all() and loss.isfinite()
+    assert indices[0] == vq.codebook.float().sum(-1).argmax()
+
+
+@each
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"codebook_dim": 4, "heads": 2}], ids=str)
 def test_a_converted_module_decodes_indices_in_its_own_precision(kind, dtype, options):
