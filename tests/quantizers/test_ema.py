@@ -141,6 +141,15 @@ def test_rows_that_are_not_finite_leave_no_trace(bad, options):
     assert vq(torch.randn(20, DIM))[2].isfinite()
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_code_that_such_rows_chose_keeps_its_mean(bad):
+    vq, x = EMAVQ(DIM, CODES, decay=0.5), torch.randn(20, DIM)
+    x[::5, 1] = bad
+    before = vq.codebook.clone()
+    chosen = vq(x)[1][::5]
+    torch.testing.assert_close(vq.codebook[chosen], before[chosen], rtol=1e-3, atol=0)
+
+
 def test_without_memory_a_masked_batch_leaves_the_codes():
     vq = EMAVQ(DIM, CODES, decay=0.0)
     before, x = vq.codebook.clone(), torch.randn(2, 3, DIM)
