@@ -84,10 +84,11 @@ def test_a_loaded_checkpoint_is_not_placed_again(kind):
     other.load_state_dict(vq.state_dict())
     other.train()(clusters() + 100)
     assert other.codebook.max() < 50
-    fresh = kind(2, 4, kmeans_init=True)
-    fresh.load_state_dict(kind(2, 4, kmeans_init=True).state_dict())
-    fresh(clusters())
-    assert is_at_the_centres(fresh.codebook)
+    unplaced = kind(2, 4, kmeans_init=True).state_dict()
+    for again in (kind(2, 4, kmeans_init=True), other):
+        again.load_state_dict(unplaced)
+        again(clusters())
+        assert is_at_the_centres(again.codebook)
 
 
 def test_each_head_has_its_own_start():
@@ -100,6 +101,9 @@ def test_running_means_start_with_the_counts_of_their_clusters():
     vq = EMAVQ(2, 4, kmeans_init=True, decay=0.5)
     vq(clusters())
     torch.testing.assert_close(vq.counts, torch.full((1, 4), 50.0))
+    spare = EMAVQ(2, 6, kmeans_init=True, decay=0.5)
+    spare(clusters(1))
+    assert spare.counts.min() == 0.5  # of two codes that nothing chose, which start with 1
 
 
 def test_draws_are_proportional_to_weights():
