@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from softvq.training.checkpoint import Progress, read_checkpoint, save_checkpoint
+from softvq.training.images import ImageTask
 from softvq.training.resume import resume_run
 from softvq.training.run_folder import RunError, RunFolder
 from softvq.training.trainer import Trainer, train
@@ -246,11 +247,15 @@ def test_the_best_weights_are_lost(tmp_path, capsys):
     assert "not the best weights, and the checkpoint of step 2 that had them is damaged" in error
 
 
-def test_the_best_step_always_has_a_checkpoint(config, tmp_path):
+def test_the_best_step_always_has_a_checkpoint(config, tmp_path, monkeypatch):
+    errors = iter([0.3, 0.2, 0.4])  # of steps 5, 10 and 12; the last one always has a checkpoint
+    monkeypatch.setattr(
+        ImageTask, "evaluate", lambda self, split: {"reconstruction_hard_error": next(errors)}
+    )
     rare = dataclasses.replace(config, checkpoint_every=100)
     assert train(rare, tmp_path / "run", quiet=True)
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert (tmp_path / "run" / "checkpoints" / f"step-{summary['best_step']}").is_dir()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["best_step"] == 10
+    assert (tmp_path / "run" / "checkpoints" / "step-10").is_dir()
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(config, tiny_run, tmp_path):
