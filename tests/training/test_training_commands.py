@@ -21,6 +21,7 @@ from softvq.training.pictures import save_rows
 from softvq.training.run_folder import RunError, RunFolder
 from softvq.training.settings import ConfigError
 from softvq.training.trainer import train
+from tests.runs import metrics_of
 
 
 @pytest.fixture
@@ -72,8 +73,12 @@ def test_eval_measures_what_training_measured(run):
 
 
 def test_eval_of_another_split(run):
-    assert evaluate_run(run, "validation") != evaluate_run(run, "test")
+    values = evaluate_run(run, "validation")
+    assert values != evaluate_run(run, "test")
     assert (run.path / "eval-validation.json").is_file()
+    best = (json.loads(run.summary.read_text())["best_step"], "validation")
+    (line,) = (line for line in metrics_of(run.path) if (line["step"], line["split"]) == best)
+    assert values == pytest.approx({name: line[name] for name in values}, rel=1e-5)
 
 
 @pytest.mark.parametrize(
