@@ -282,6 +282,15 @@ def test_a_short_run_warms_up_too(config):
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
+def test_every_step_has_its_learning_rate(config, tiny_run):
+    optimizer = torch.optim.SGD([{"params": torch.zeros(1)}], lr=torch.nan)
+    logged = [line for line in metrics_of(tiny_run) if line["split"] == "train"]
+    for line in logged:
+        set_learning_rates(optimizer, config, line["step"] - 1)
+        assert line["learning_rate"] == pytest.approx(optimizer.param_groups[0]["lr"])
+    assert len({line["learning_rate"] for line in logged}) == len(logged) == 3
+
+
 def take(number, **options):
     return list(itertools.islice(batches(**options), number))
 
@@ -308,5 +317,6 @@ def test_batches_go_on_where_they_stopped(start):
 
 
 def test_batches_follow_the_seed():
-    one, other = (take(1, images=50, batch_size=50, seed=s, start=0)[0] for s in (0, 1))
-    assert not torch.equal(one, other)
+    epochs = [e for s in (0, 1) for e in take(2, images=50, batch_size=50, seed=s, start=0)]
+    # Neighbouring seeds share no epoch either, as seed + epoch would have it.
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == 4
