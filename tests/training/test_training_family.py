@@ -9,15 +9,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from softvq.data import DataError
+from softvq.data import DataError, load_data
+from softvq.models import LossWeights
 from softvq.quantizers import EMAVQ, VQ, GumbelVQ
 from softvq.training import images
-from softvq.training.build import build_quantizer
+from softvq.training.build import build_data, build_model, build_quantizer
 from softvq.training.checkpoint import read_checkpoint
 from softvq.training.commands import evaluate_run
 from softvq.training.config import CONTINUOUS, IMAGES, MODELS, QUANTISED, TrainConfig
 from softvq.training.history import read_metrics
+from softvq.training.load import load_task
 from softvq.training.optimizer import build_optimizer
+from softvq.training.pictures import save_rows
 from softvq.training.run_folder import RunFolder
 from softvq.training.trainer import train
 
@@ -106,6 +109,7 @@ def test_training_lowers_the_error(model, tiny_runs, tmp_path):
 @every_model
 def test_the_best_model_is_the_one_of_the_judging_metric(model, tiny_runs, tmp_path, monkeypatch):
     run, judge = tmp_path / "run", HARD if model in QUANTISED else OWN
+    config = config_of(tiny_runs(model), evaluate_every=4)
     good_at_first, better_and_better = iter([0.1, 0.3, 0.2]), iter([0.3, 0.2, 0.1])
     evaluate = images.ImageTask.evaluate
 
@@ -114,7 +118,7 @@ def test_the_best_model_is_the_one_of_the_judging_metric(model, tiny_runs, tmp_p
         return values | {judge: next(good_at_first)}
 
     monkeypatch.setattr(images.ImageTask, "evaluate", staged)
-    assert train(config_of(tiny_runs(model), evaluate_every=4), run, quiet=True)
+    assert train(config, run, quiet=True)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["best_step"] == 4
     assert summary["test"] == pytest.approx(evaluate_run(RunFolder(run), "test"), rel=1e-5)
@@ -124,6 +128,11 @@ def test_the_best_model_is_the_one_of_the_judging_metric(model, tiny_runs, tmp_p
         "step-8",
         "step-12",
     }
+    task = load_task(RunFolder(run).read_config(), CPU)[1]
+    rows = task._reconstructed(RunFolder(run).load_model(CPU), task.data.test)
+    save_rows(tmp_path / "of-the-best.png", rows)
+    pictures = (run / "reconstructions.png", tmp_path / "of-the-best.png")
+    assert len({path.read_bytes() for path in pictures}) == 1
     best = read_checkpoint(run / "checkpoints", 4)["model"]
     saved = load_file(run / "model.safetensors")
     assert saved.keys() == best.keys()
@@ -186,6 +195,30 @@ def test_settings_reach_the_quantizer(model, kind, settings, wanted):
     assert type(quantizer) is kind
     assert (quantizer.dim, quantizer.codebook_size) == (3, 8)
     assert {name: getattr(quantizer, name) for name in wanted} == wanted
+
+
+def test_settings_reach_the_losses():
+    config = TrainConfig(
+        reconstruction_weight=3.0,
+        quantizing_weight=0.4,
+        kl_weight=0.5,
+        reconstruction_quantizing_weight=0.6,
+        reconstruction_loss="absolute",
+        quantized_codes="soft",
+        decoder_input="quantized",
+    )
+    model = build_model(config.resolved(100, (1, 8, 8)), {"image_shape": (1, 8, 8), "classes": 2})
+    assert model.weights == LossWeights(3.0, 0.4, 0.5, 0.6)
+    assert model.reconstruction_loss == "absolute"
+    assert (model.quantized_codes, model.decoder_input) == ("soft", "quantized")
+
+
+def test_settings_reach_the_data():
+    sizes = {"validation_fraction": 0.3, "seed": 5}
+    built = build_data(TrainConfig(**sizes, image_size="6x5"))
+    assert len(built.validation) == round(0.3 * 1437)
+    assert built.image_shape == (1, 6, 5)
+    assert built.fingerprint == load_data("digits", **sizes).fingerprint
 
 
 @pytest.mark.parametrize("model", ["vqvae", "vqvae-ema", "vqvae2"])
