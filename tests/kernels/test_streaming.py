@@ -63,6 +63,16 @@ def test_an_offset_costs_no_accuracy():
     assert (entropy - truth["entropy"]).abs().max() < 1e-5
 
 
+def test_the_log_partition_of_latents_at_their_codes():
+    """‖z‖² − 2z·c + ‖c‖² would cancel there."""
+    codebook = 30 * torch.randn(1, 64, 48)
+    z = codebook[:, 5:45] + 0.01 * torch.randn(1, 40, 48)
+    problem = Problem(z, codebook, torch.tensor(1e-3))
+    log_partition = streaming.soft_forward(*problem)[2]
+    truth = forward(problem.to(torch.float64))["log_partition"]
+    assert (log_partition - truth).abs().max() < 2e-3
+
+
 def test_near_ties():
     check(streaming, near_ties)
 
