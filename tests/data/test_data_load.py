@@ -5,8 +5,9 @@ import shutil
 import pytest
 import torch
 
-from softvq.data import DATASETS, DataError, DataSplits, Reading, load_data
+from softvq.data import DATASETS, DataError, DataSplits, ImageSet, Reading, load_data
 from softvq.data.resize import fit
+from softvq.data.splits import split_off
 from tests.pictures import packed, paint, picture
 
 
@@ -51,6 +52,14 @@ def test_another_seed_changes_validation_and_never_test(digits):
     assert not torch.equal(digits.validation.images, other.validation.images)
     assert torch.equal(digits.test.images, other.test.images)
     assert torch.equal(digits.test.labels, other.test.labels)
+
+
+def test_what_is_split_off_and_the_rest_keep_their_order():
+    whole = ImageSet(torch.zeros(23, 1, 2, 2, dtype=torch.uint8), torch.arange(23))
+    rest, part = (images.labels for images in split_off(whole, 0.3, 5, "test"))
+    assert len(part) == 7 and torch.equal(torch.cat([rest, part]).sort().values, whole.labels)
+    for labels in (rest, part):
+        assert torch.equal(labels, labels.sort().values)
 
 
 def test_loading_leaves_the_global_generator_alone():
