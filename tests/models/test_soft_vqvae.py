@@ -38,6 +38,14 @@ def test_latent_the_quantizer_loss_moves_the_codes_alone(images):
     assert moved(committed, images) == {"codes"}
 
 
+def test_latent_the_quantizer_reads_the_mean_and_not_the_sample(images):
+    model = build(LossWeights(kl=1.0))
+    read = model(images).latents[LEVEL]
+    latents = model.encode(images)
+    torch.testing.assert_close(read, latents.mean.detach())
+    assert (latents.z - latents.mean).abs().max() > 0.1
+
+
 def test_latent_the_reconstruction_leaves_the_codes_alone(images):
     assert moved(build(RECONSTRUCTION_ONLY), images) == {"encoder", "decoder"}
 
