@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from softvq.cli import main
+from softvq.training import files
 from softvq.training.run_folder import RunError, RunFolder
 from softvq.training.trainer import train
 from tests.pictures import paint
@@ -70,3 +71,12 @@ def test_a_run_begins_where_another_was_killed_while_it_began(config, tiny_run, 
     add(run, "checkpoints/.step-9.tmp/state.json")
     assert train(config, run, quiet=True)
     assert not list(run.rglob("*.tmp"))
+
+
+def test_a_file_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
+    path, synced = tmp_path / "summary.json", []
+    monkeypatch.setattr(files, "sync", lambda place: synced.append((place, path.exists())))
+    files.write_text(path, "{}")
+    (content, named), folder = synced
+    assert content.parent == tmp_path and not named
+    assert folder == (tmp_path, True)
