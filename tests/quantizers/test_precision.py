@@ -88,3 +88,12 @@ def test_double_precision_stays_double(kind):
     assert quantized.dtype == loss.dtype == torch.float64
     dtypes = {value.dtype for value in vq.state_dict().values()}
     assert dtypes == {torch.float64, torch.bool}
+
+
+def test_autocast_does_not_lower_what_a_sample_is_drawn_from():
+    vq, x, samples = layer(GumbelVQ), 3 * torch.randn(40, DIM), []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            samples.append(vq(x)[0])
+    assert torch.equal(*samples)
