@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     """`python -m bench memory`."""
     parser = argparse.ArgumentParser(prog="python -m bench memory", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rows", type=int, default=65536, help="N")
+    parser.add_argument("--rows", type=int, default=65536, help="N; default: 65536")
     parser.add_argument("--dim", type=int, default=64, help="D")
     parser.add_argument(
         "--seconds", type=float, default=12, help="double K until a measurement takes longer"

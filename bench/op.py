@@ -88,9 +88,9 @@ def main(arguments: list[str]) -> int:
     if device.type == "cpu":
         bounded_memory()
     chosen = settings(device, options.quick)
-    if options.codes or options.dim or options.dtype:
+    if options.rows or options.codes or options.dim or options.dtype:
         chosen = [
-            (group, Setting(device, options.rows, codes, dim, DTYPES[dtype]))
+            (group, Setting(device, options.rows or 65536, codes, dim, DTYPES[dtype]))
             for group in GROUPS
             for codes in options.codes or [512, 4096]
             for dim in options.dim or [64]
@@ -114,7 +114,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench op", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="one size")
-    parser.add_argument("--rows", type=int, default=65536, help="N, with --codes, --dim, --dtype")
+    parser.add_argument("--rows", type=int, help="N, instead of the usual settings")
     parser.add_argument("--codes", type=int, nargs="+", help="K, instead of the usual settings")
     parser.add_argument("--dim", type=int, nargs="+", help="D, instead of the usual settings")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)

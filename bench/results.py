@@ -80,7 +80,9 @@ def environment(device: torch.device) -> dict[str, object]:
 
 
 def version(package: str) -> str:
-    """The installed version, "" when the package is missing."""
+    """The installed version, "" when the package is missing; ours need not be installed."""
+    if package == "softvq":
+        return softvq.__version__
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -41,6 +41,12 @@ def check_weights(**options: float) -> None:
             raise ValueError(f"{name} must be a finite number from 0 up, got {value}")
 
 
+def check_decay(decay: float) -> None:
+    """What a running mean keeps of itself. Raises ValueError."""
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay must be a number from 0 up, below 1, got {decay}")
+
+
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """One of the allowed names. Raises ValueError."""
     if value not in allowed:

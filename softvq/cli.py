@@ -133,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     pictures.add_argument("-o", "--out", type=Path, default=out, help=f"folder; default: {out}")
     encoding = add_of_run("encode", "turn images into codes", encode_command)
     encoding.add_argument("--data", choices=data_names(), help="default: the run's own data")
-    encoding.add_argument("--data-dir", type=Path, help="where they are")
+    encoding.add_argument("--data-dir", type=Path, help="where they are; default: as trained")
     encoding.add_argument("-o", "--out", type=Path, required=True, help="codes.npz")
     decoding = add_of_run("decode", "turn codes back into images", decode_command)
     decoding.add_argument("codes", type=Path, help="codes.npz of `softvq encode`")

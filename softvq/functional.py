@@ -49,11 +49,12 @@ def soft_quantize(
         detach_log_partition: let log_partition be that of constant latents: its gradient reaches
             codebook and temperature, not z. One pass then trains the codes on the latents, by their
             free energy, and the latents through quantized.
-        backend: "triton" (fused kernels for CUDA from compute capability 8.0 on; no float64;
-            D > 256 streams), "streaming" (plain PyTorch, any device, no N×K matrix), "reference"
-            (N×K matrices, for checking), or "auto": "triton" where it can be, else "streaming".
-            All differentiate z, codebook and temperature by hand-written formulas. The fused
-            kernels have been checked on an H200; `python -m pytest -m gpu` checks your GPU.
+        backend: "triton" (fused kernels for CUDA from compute capability 8.0 on, for B200 and its
+            like from triton 3.8 on; no float64; D > 256 streams), "streaming" (plain PyTorch, any
+            device, no N×K matrix), "reference" (N×K matrices, for checking), or "auto": "triton"
+            where it can be, else "streaming". All differentiate z, codebook and temperature by
+            hand-written formulas, once. The fused kernels have been checked on an H200;
+            `python -m pytest -m gpu` checks your GPU.
         precision: how the fused kernels may multiply float32 latents: "highest" is as accurate as
             float32 products, "high" only in the scores (the rest has bfloat16 operands), "medium"
             has bfloat16 operands throughout; None follows `torch.get_float32_matmul_precision()`.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from softvq import losses
-from softvq.checks import check_positive, check_weights
+from softvq.checks import check_decay, check_positive, check_weights
 from softvq.functional import nearest_codes
 from softvq.quantizers.base import Quantizer, QuantizerOptions
 from softvq.quantizers.kmeans import replica_code_sums
@@ -69,8 +69,7 @@ class EMAVQ(Quantizer):
             commitment_weight=commitment_weight, threshold_ema_dead_code=threshold_ema_dead_code
         )
         check_positive(eps=eps)
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must be a number from 0 up, below 1, got {decay}")
+        check_decay(decay)
         self.commitment_weight = commitment_weight
         self.decay = decay
         self.eps = eps

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from softvq.checks import check_counts, check_decay, check_weights
 from softvq.distributed.collectives import sum_over_replicas
 from softvq.functional import nearest_codes
 from softvq.quantizers.draw import draw_latents
@@ -53,6 +54,9 @@ class DeadCodeRestart(KeepsFloat32):
         sync_codebook: bool | None = None,
     ):
         super().__init__()
+        check_counts(1, codebook_size=codebook_size)
+        check_weights(threshold=threshold)
+        check_decay(decay)
         self.threshold = threshold
         self.decay = decay
         self.sync_codebook = sync_codebook

@@ -157,6 +157,18 @@ def test_tiny_temperature_is_the_nearest_code(dtype):
     assert entropy.abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_latents_of_any_size(dtype, scale):
+    """Codes that only fill up a tile are far from all of them, and still finite over T."""
+
+    def scaled() -> Problem:
+        z, codebook, temperature = draw(1, 40, 30, 12)
+        return Problem(z * scale, codebook * scale, temperature * scale**2)
+
+    check_fused(scaled, dtype, **({} if dtype == torch.float32 else {"matmul": matmul_in(dtype)}))
+
+
 def test_a_row_of_nan_spoils_no_other():
     problem = draw(1, 40, 30, 6)
     clean = fused.soft_forward(*problem)

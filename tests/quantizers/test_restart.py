@@ -150,3 +150,16 @@ def test_shares_are_saved():
     other = DeadCodeRestart(CODES, THRESHOLD)
     other.load_state_dict(restart.state_dict())
     assert torch.equal(other.share, restart.share)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 0.5), "codebook_size must be at least 1, got 0"),
+        ((4, -1.0), "threshold must be .* got -1.0"),
+        ((4, 0.5, 1.0), "decay must be .* below 1, got 1.0"),
+    ],
+)
+def test_bad_options_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DeadCodeRestart(*arguments)

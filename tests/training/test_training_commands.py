@@ -145,6 +145,15 @@ def test_encode_other_images_of_the_same_shape(run, tmp_path):
         assert sum(len(file[name]) for name in SPLITS) == 10
 
 
+def test_encode_other_data_than_the_folder_of_the_run(run, codes, tmp_path):
+    text = run.config.read_text()
+    of_folder = 'data = "folder"\ndata_dir = "gone"\nworkers = 1'
+    run.config.write_text(text.replace('data = "digits"', of_folder))
+    again = encode(run, "digits", None, tmp_path / "again.npz")
+    with np.load(again) as found, np.load(codes) as file:
+        assert all(np.array_equal(found[name], file[name]) for name in file)
+
+
 def test_encode_grey_images_with_a_model_of_colour(tmp_path):
     settings = {"data": "folder", "steps": 1, "batch_size": 4, "width": 2, "workers": 0}
     config = TrainConfig(data_dir=pictures(tmp_path / "colour", mode="RGB"), **settings)
