@@ -20,8 +20,8 @@ class _Last(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
         raise RuntimeError(
-            "softvq's soft operators can be differentiated once, not twice; a second derivative "
-            "has what plain PyTorch makes of softvq.assignment_probabilities"
+            "softvq's soft operators can be differentiated once, not twice; where a second "
+            "derivative is needed, build the loss from softvq.assignment_probabilities"
         )
 
 

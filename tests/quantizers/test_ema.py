@@ -97,6 +97,13 @@ def test_a_dead_code_moves_to_a_latent_with_its_statistics():
     torch.testing.assert_close(vq.sums[0, 7], vq.codebook[7], rtol=1e-4, atol=1e-4)
 
 
+def test_dead_codes_that_find_no_latent_keep_their_statistics():
+    vq, x = EMAVQ(DIM, CODES, decay=0.5, threshold_ema_dead_code=0.3), torch.randn(1, DIM)
+    vq(x)
+    vq(x)  # N = ¼ of seven codes, and one latent to move them to
+    close(vq.counts[0].sort().values, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.6, 1.0)
+
+
 def test_the_next_step_does_not_undo_a_restart():
     vq = EMAVQ(1, 2, decay=0.5, threshold_ema_dead_code=0.3)
     vq.codebook = torch.tensor([[0.0], [1e3]])
@@ -218,6 +225,7 @@ def test_statistics_do_not_follow_a_model_to_half_precision():
     assert torch.equal(vq.codebook, before) and vq.counts.dtype == torch.float32
     assert vq(torch.randn(20, DIM).bfloat16())[0].dtype == torch.bfloat16
     assert vq.double().codebook.dtype == torch.float64
+    assert vq.float().counts.dtype == torch.float32
 
 
 def test_the_backward_pass_survives_the_update():
