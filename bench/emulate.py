@@ -109,7 +109,7 @@ def run(architecture: int, inputs: str, dim: int, kind: str) -> list[Row]:
             found = hard_errors(inputs, dim) if kind == "hard" else errors(inputs, dim, kind)
             return [{name: as_text(x) for name, x in (base | row).items()} for row in found]
         except Fault as fault:
-            return [base | {"status": f"{fault}: {' '.join(fault.__notes__)}"}]
+            return [base | {"status": f"{fault}: {' '.join(getattr(fault, '__notes__', ()))}"}]
 
 
 def main(arguments: list[str]) -> int:

@@ -91,9 +91,9 @@ _HOPPER: Table = {
 }
 _BLACKWELL: Table = {
     ("forward", "bfloat16"): (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 64, 8)),
-    ("forward", "mixed"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 64, 8)),
-    ("forward", "converted"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 128, 4, 1, 2)),
-    ("forward", "high"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 32, 4, 1, 2)),
+    ("forward", "mixed"): (Tile(64, 128, 4), Tile(64, 64, 4, 1), Tile(64, 64, 8)),
+    ("forward", "converted"): (Tile(64, 128, 4), Tile(64, 64, 4, 1), Tile(64, 128, 4, 1, 2)),
+    ("forward", "high"): (Tile(64, 128, 4), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1, 2)),
     ("forward", "split"): (Tile(64, 64, 4, 1), Tile(64, 64, 8, 1), Tile(64, 64, 4, 1, 2)),
     ("row_gradients", "bfloat16"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
     ("row_gradients", "mixed"): (Tile(64, 128, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
@@ -112,19 +112,15 @@ _BLACKWELL: Table = {
     ("code_sweep", "bfloat16"): (Tile(128, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
     ("code_sweep", "mixed"): (Tile(128, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
     ("code_sweep", "converted"): (Tile(64, 128, 8), Tile(64, 128, 8), Tile(64, 128, 8, 1, 2)),
-    ("code_sweep", "high"): (Tile(64, 128, 8), Tile(64, 128, 8), Tile(64, 128, 8, 1, 2)),
-    ("code_sweep", "split"): (Tile(64, 128, 8, 1), Tile(32, 128, 8, 1), Tile(64, 128, 8, 1, 2)),
+    ("code_sweep", "high"): (Tile(64, 128, 8), Tile(64, 64, 4, 1), Tile(64, 128, 8, 1, 2)),
+    ("code_sweep", "split"): (Tile(64, 64, 4, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1, 2)),
     ("code_sweep, all", "bfloat16"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
     ("code_sweep, all", "mixed"): (Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
     ("code_sweep, all", "converted"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(64, 128, 8, 1, 2)),
     ("code_sweep, all", "high"): (Tile(64, 128, 8), Tile(32, 128, 8), Tile(64, 128, 8, 1, 2)),
-    ("code_sweep, all", "split"): (
-        Tile(32, 128, 8, 1),
-        Tile(32, 128, 8, 1),
-        Tile(32, 128, 8, 1, 2),
-    ),
+    ("code_sweep, all", "split"): (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1, 2)),
     ("nearest", "converted"): (Tile(128, 128, 8), Tile(128, 128, 8), Tile(128, 128, 8)),
-    ("nearest", "split"): (Tile(128, 128, 8), Tile(128, 128, 8), Tile(64, 64, 4)),
+    ("nearest", "split"): (Tile(128, 128, 8), Tile(128, 128, 8, 1), Tile(64, 64, 4, 1)),
 }
 _AMPERE: Table = {
     ("forward", "bfloat16"): (Tile(128, 64, 8), Tile(128, 64, 8), Tile(64, 32, 4, 1, 2)),

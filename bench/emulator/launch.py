@@ -10,10 +10,11 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from bench.emulator.machine import Launch, run
-from bench.emulator.memory import GlobalMemory
+from bench.emulator.memory import Fault, GlobalMemory
 from bench.emulator.program import Program, parse
 from bench.launches import FAMILY, described
 from bench.launches import Launch as Compilation
+from bench.machine_code import SHARED_LIMIT
 from softvq.kernels import support, tiles
 
 TOGETHER = 64  # programs
@@ -38,6 +39,8 @@ def emulated(architecture: int) -> Iterator[None]:
 def _run(kernel: JITFunction, args: tuple, kwargs: dict, grid, architecture: int) -> None:
     launch = described(kernel, args, kwargs)
     program, shared_bytes = _compiled(launch, architecture)
+    if shared_bytes > SHARED_LIMIT[architecture]:
+        raise Fault(f"{kernel.__name__} needs more shared memory than there is")
     given = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
     values = [given[name] for name, kind in launch.signature.items() if kind != "constexpr"]
     memory = GlobalMemory(x for x in values if isinstance(x, torch.Tensor))
