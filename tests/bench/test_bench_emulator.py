@@ -140,6 +140,12 @@ def test_accesses_that_miss(access, message):
     assert access.rstrip(";") in fault.value.__notes__
 
 
+def test_what_could_not_be_compiled():
+    """Triton 3.6 leaves a trap of a kernel that wants more tensor memory than there is."""
+    with pytest.raises(Fault, match="trap"):
+        launch("trap;", numbers())
+
+
 EXCHANGE = """
     ld.global.b32 {%r5}, [%rd1 + 0];
     st.shared.b32 [%r4], %r5;
