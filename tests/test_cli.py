@@ -153,7 +153,7 @@ def test_the_command_itself(arguments, capsys):
         (("--step", "3"), "unknown option --step, did you mean --steps?"),
         (("--model", "gan"), "argument --model: invalid choice: 'gan' (choose from "),
         (("--data", "digit"), "argument --data: invalid choice: 'digit' (choose from "),
-        (("--steps", "0"), "steps: 0 is not allowed; it must be from 1 to 2^31 − 1"),
+        (("--steps", "0"), "steps: 0 is not allowed; it must be from 1 to 2^48"),
         (("--steps", "many"), "argument --steps: invalid int value: 'many'"),
         (("--steps",), "argument --steps: expected one argument"),
         (("--temperature", "0"), "temperature: 0 is not allowed; it must be auto or a number"),

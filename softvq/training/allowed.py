@@ -18,7 +18,7 @@ OF_FOLDERS = {
 def check_values(settings: Any) -> None:
     """Raise ConfigError for a value that no model allows. settings: a TrainConfig."""
     counts = "latent_dim codebook_size width layers steps evaluate_every checkpoint_every"
-    check(settings, counts, lambda v: 1 <= v < 2**31, "from 1 to 2^31 − 1")
+    check(settings, counts, lambda v: 1 <= v <= 2**48, "from 1 to 2^48")
     check(settings, "batch_size", lambda v: v >= 2, "at least 2, for the batch norms")
     check(settings, "seed", lambda v: 0 <= v < 2**32, "from 0 to 2^32 − 1")
     check(settings, "residual_blocks workers", lambda v: v >= 0, "at least 0")
