@@ -173,8 +173,9 @@ def _bound(case: Case, per_pair: float | str) -> dict[str, object]:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench compile", description=__doc__)
-    known = {"choices": ARCHITECTURES, "default": ARCHITECTURES}
-    parser.add_argument("--architecture", type=int, nargs="+", **known)
+    parser.add_argument(
+        "--architecture", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES
+    )
     parser.add_argument("--inputs", nargs="+", choices=INPUTS, default=tuple(INPUTS))
     parser.add_argument("--dim", type=int, nargs="+", default=DIMS, help="1 to 256")
     parser.add_argument("--call", nargs="+", choices=CALLS, default=CALLS)

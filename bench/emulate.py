@@ -115,8 +115,9 @@ def run(architecture: int, inputs: str, dim: int, kind: str) -> list[Row]:
 def main(arguments: list[str]) -> int:
     """`python -m bench emulate`."""
     parser = argparse.ArgumentParser(prog="python -m bench emulate", description=__doc__)
-    known = {"choices": ARCHITECTURES, "default": ARCHITECTURES}
-    parser.add_argument("--architecture", type=int, nargs="+", **known)
+    parser.add_argument(
+        "--architecture", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES
+    )
     parser.add_argument("--inputs", nargs="+", choices=INPUTS, default=tuple(INPUTS))
     parser.add_argument("--dim", type=int, nargs="+", default=DIMS, help="1 to 256")
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS, help="what is done")

@@ -31,6 +31,7 @@ def check_values(settings: Any) -> None:
     check(settings, from_zero, lambda v: 0 <= v < math.inf, "a number from 0 up")
     check(settings, "validation_fraction", lambda v: 0 < v < 1, "between 0 and 1")
     check(settings, "decay dropout", lambda v: 0 <= v < 1, "a number in [0, 1)")
+    # The last temperature is the product of the two, and has to be one that a quantizer takes.
     check(settings, "temperature_ratio", _is_ratio, "auto or a number from 1e-10 to 1")
     check(settings, "temperature", _is_temperature, "auto or a number from 1e-10 to 1e10")
     check(settings, "latent_grid image_size", _is_size, "a size such as 7 or 7x5")

@@ -121,9 +121,7 @@ class Trainer:
         """Go back to the newest checkpoint. Raises RunError."""
         with ranks.first_rank_first():
             if self.writes:
-                self.progress = resume_run(
-                    *(self.run, self.parts, self.task.shape, self.config.steps)
-                )
+                self.progress = resume_run(self.run, self.parts, self.task.shape, self.config.steps)
             else:
                 self.progress = load_checkpoint(self.run.checkpoints, self.parts)[0] or Progress()
         if self.board:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from softvq.kernels import tiles
+from softvq.kernels import support, tiles
 from softvq.kernels.arithmetic import arithmetic
 
-triton = pytest.importorskip("triton", reason="Triton compiles the kernels; it is not installed")
+pytest.importorskip("triton", reason="Triton compiles the kernels; it is not installed")
 compile = pytest.importorskip("bench.compile")
 
 ROOT = Path(__file__).parents[2]
@@ -37,10 +37,13 @@ SAMPLES = {  # name: arguments, kernels
     "in parts": (["--inputs", "fp32 high", "--dim", "256", "--architecture", "80", "90",
                   "--call", "backward, all", "--kernel", *SOFT[1:]], 8),
 }  # fmt: skip
-VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
-triton_3_8 = pytest.mark.skipif(VERSION < (3, 8), reason="not for Blackwell with an older triton")
-ALLOWED = {""} if VERSION >= (3, 9) else {"", "spills", "spills in the loop"}
+VERSION = support._TRITON_VERSION
+for_blackwell = pytest.mark.skipif(
+    VERSION < support._BLACKWELL_TRITON,
+    reason="the kernels are not for Blackwell with an older triton",
+)
 triton_3_9 = pytest.mark.skipif(VERSION < (3, 9), reason="older compilers need more instructions")
+ALLOWED = {""} if VERSION >= (3, 9) else {"", "spills", "spills in the loop"}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +80,7 @@ def operands_of(row: dict[str, str]) -> str:
     return arithmetic(*compile.INPUTS[row["inputs"]]).operands
 
 
-@triton_3_8
+@for_blackwell
 @pytest.mark.parametrize("name", SAMPLES)
 def test_no_spill_within_shared_memory_and_on_the_matrix_unit(sample, name):
     assert len(sample(name)) == SAMPLES[name][1]

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="Triton compiles the kernels; it is not installed")
+from softvq.kernels import support
+
+pytest.importorskip("triton", reason="Triton compiles the kernels; it is not installed")
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,13 +31,13 @@ def emulate(tmp_path: Path, *arguments: str) -> list[dict[str, str]]:
     return rows
 
 
-triton_3_8 = pytest.mark.skipif(
-    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8),
+for_blackwell = pytest.mark.skipif(
+    support._TRITON_VERSION < support._BLACKWELL_TRITON,
     reason="the kernels are not for Blackwell with an older triton",
 )
 
 
-@pytest.mark.parametrize("architecture", ["80", "90", pytest.param("100", marks=triton_3_8)])
+@pytest.mark.parametrize("architecture", ["80", "90", pytest.param("100", marks=for_blackwell)])
 def test_within_the_bounds_of_the_tests(architecture, tmp_path):
     assert len(emulate(tmp_path, "--quick", "--architecture", architecture)) == 18
 
