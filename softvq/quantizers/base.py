@@ -1,6 +1,6 @@
 """What all quantizers have in common: layouts, heads, masks, codes ↔ indices, k-means start."""
 
-from typing import Any, NamedTuple, Protocol, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,33 +14,7 @@ from softvq.quantizers.kmeans import kmeans
 from softvq.quantizers.positions import put_back, valid_positions, without_rows
 from softvq.quantizers.precise import KeepsFloat32
 from softvq.quantizers.straight_through import codes_at
-
-
-class QuantizerOptions(TypedDict, total=False):
-    """Keywords that every quantizer takes; `Quantizer` explains them."""
-
-    separate_codebook_per_head: bool
-    channel_last: bool
-    accept_image_fmap: bool
-    return_zeros_for_masked_padding: bool
-    use_cosine_sim: bool
-    kmeans_init: bool
-    kmeans_iters: int
-    sync_codebook: bool | None
-    entropy_weight: float
-    entropy_temperature: float
-
-
-class Quantized(Protocol):
-    """What `quantize` returns, at least."""
-
-    @property
-    def quantized(self) -> Tensor:
-        """Values (..., D)."""
-
-    @property
-    def indices(self) -> Tensor:
-        """Codes (...) int64."""
+from softvq.quantizers.types import Quantized
 
 
 class Quantizer(KeepsFloat32):

@@ -8,10 +8,11 @@ from torch import Tensor
 from softvq import losses
 from softvq.checks import check_decay, check_positive, check_weights
 from softvq.functional import nearest_codes
-from softvq.quantizers.base import Quantizer, QuantizerOptions
+from softvq.quantizers.base import Quantizer
 from softvq.quantizers.kmeans import replica_code_sums
 from softvq.quantizers.restart import restart_codes
 from softvq.quantizers.straight_through import NearestCodes, nearest_straight_through
+from softvq.quantizers.types import QuantizerOptions
 
 GRACE = 2.0  # times the threshold: the count of a restarted code, which then has time to win rows
 

@@ -11,13 +11,13 @@ from softvq import losses
 from softvq.checks import check_temperatures, check_weights
 from softvq.functional import soft_quantize
 from softvq.kernels import reference
-from softvq.quantizers.base import QuantizerOptions
 from softvq.quantizers.straight_through import (
     codes_at,
     nearest_straight_through,
     straight_through,
 )
 from softvq.quantizers.temperature import TemperedQuantizer
+from softvq.quantizers.types import QuantizerOptions
 
 # Rows × codes that are sampled at once, 64 MB in float32. What is larger than 32 MB glibc returns
 # when it is freed; smaller blocks fragmented its heap until it was larger than all of N×K.

@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from softvq import losses
 from softvq.checks import check_weights
-from softvq.quantizers.base import Quantizer, QuantizerOptions
+from softvq.quantizers.base import Quantizer
 from softvq.quantizers.straight_through import NearestCodes, nearest_straight_through
+from softvq.quantizers.types import QuantizerOptions
 
 
 class VQLoss(NamedTuple):

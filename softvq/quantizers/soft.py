@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from softvq import losses
 from softvq.checks import check_choice, check_weights
 from softvq.functional import Estimator, SoftQuantized, soft_quantize
-from softvq.quantizers.base import QuantizerOptions
 from softvq.quantizers.straight_through import codes_at
 from softvq.quantizers.temperature import TemperedQuantizer
+from softvq.quantizers.types import QuantizerOptions
 
 CodebookLoss = Literal["free_energy", "quantizing_error", "detached_quantizing_error", "likelihood"]
 
