@@ -1,5 +1,6 @@
 """The public operators: validation, layout and the choice of a backend around `softvq.kernels`."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -121,7 +122,7 @@ def assignment_probabilities(z: Tensor, codebook: Tensor, temperature: float | T
     Arguments and errors as in `soft_quantize`.
     """
     z_heads, codebook_heads, temperature, _ = _prepare(z, codebook, temperature, "reference", None)
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z.device.type):
         p = reference.scores(z_heads, codebook_heads, temperature).softmax(-1)
     return _as_rows(p, z, codebook)
 
@@ -183,6 +184,13 @@ def code_sums(
             raise ValueError(f"indices must lie in [0, {codebook_size}), got {low} to {high}")
     backend = _choose_backend(z, backend, support.obstacle(z))
     return operators.code_sums(rows, indices, codebook_size, backend)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[None]:
+    """Nothing is lowered inside; also of a device that has no autocast, as "meta" has none."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _usage(

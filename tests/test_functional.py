@@ -130,6 +130,12 @@ def test_probabilities_agree_with_the_operator():
     torch.testing.assert_close(softvq.code_usage(z, codebook, temperature), p.mean((0, 1)))
 
 
+def test_probabilities_of_meta_tensors_have_a_shape():
+    with torch.device("meta"):
+        p = softvq.assignment_probabilities(torch.empty(4, 6, 5), torch.empty(10, 5), 0.7)
+    assert p.is_meta and p.shape == (4, 6, 10)
+
+
 def test_straight_through_has_the_nearest_value_and_the_soft_gradient():
     z, codebook, temperature = inputs()
     grad = torch.randn_like(z)

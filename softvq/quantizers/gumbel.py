@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from softvq import losses
 from softvq.checks import check_temperatures, check_weights
-from softvq.functional import soft_quantize
+from softvq.functional import soft_quantize, without_autocast
 from softvq.kernels import reference
 from softvq.quantizers.straight_through import (
     codes_at,
@@ -93,7 +93,10 @@ class GumbelVQ(TemperedQuantizer):
         sample = _relaxed_sample
         if len(blocks) > 1:  # one alone is kept: a CUDA graph cannot draw its noise again
             sample = partial(checkpoint, _relaxed_sample, use_reentrant=False)
-        options = (self.temperature, self.logits_temperature, self.straight_through)
+        temperature = self.temperature
+        # A tensor too: torch.compile cannot take a number that changes into a checkpoint.
+        logits_temperature = temperature.new_full((), self.logits_temperature)
+        options = (temperature, logits_temperature, self.straight_through)
         samples = [
             sample(block, codebook.view_as(self._stored_codes), *options) for block in blocks
         ]
@@ -116,15 +119,15 @@ class GumbelVQ(TemperedQuantizer):
 
 
 def _relaxed_sample(
-    z: Tensor, codebook: Tensor, temperature: Tensor, logits_temperature: float, sampled: bool
+    z: Tensor, codebook: Tensor, temperature: Tensor, logits_temperature: Tensor, sampled: bool
 ) -> tuple[Tensor, Tensor]:
     """softmax((log p + g)/T) · C and an index: the sample's, or the nearest code's.
 
     z (H, n, D), codebook (H, K, D) → (H, n, D) in the dtype of z, (H, n) int64.
     """
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z.device.type):
         # log p + a constant of the row, which no softmax sees.
-        logits = reference.scores(z, codebook, temperature.new_full((), logits_temperature))
+        logits = reference.scores(z, codebook, logits_temperature)
         noisy = logits - torch.empty_like(logits).exponential_().log()
         relaxed = (noisy / temperature.to(noisy.dtype)).softmax(-1) @ codebook.to(noisy.dtype)
     return relaxed.to(z.dtype), (noisy if sampled else logits).argmax(-1)

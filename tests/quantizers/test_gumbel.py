@@ -120,6 +120,22 @@ def test_no_more_than_a_block_is_held(monkeypatch, heads):
     assert blocks == 2 * (rows // block_rows) * [(heads, block_rows)]  # each is sampled twice
 
 
+def test_blocks_compile_with_temperatures_that_change(monkeypatch):
+    monkeypatch.setattr(gumbel, "BLOCK_ELEMENTS", 16 * CODES)
+    torch.compiler.reset()
+    vq = layer()
+    compiled = torch.compile(vq, fullgraph=True, backend="aot_eager")
+    for temperature in (1.0, 2.0, 3.0):
+        vq.logits_temperature = temperature
+        vq.set_temperature(temperature)
+        x, results = torch.randn(50, DIM, requires_grad=True), []
+        for module in (vq, compiled):
+            torch.manual_seed(1)
+            quantized, _, loss = module(x)
+            results.append((quantized, *torch.autograd.grad(quantized.square().sum() + loss, x)))
+        torch.testing.assert_close(*results)
+
+
 def test_the_kl_divergence_is_that_of_the_whole_matrix():
     vq = layer(logits_temperature=1.5, kl_weight=0.3).double()
     x = torch.randn(50, DIM, dtype=torch.float64, requires_grad=True)
