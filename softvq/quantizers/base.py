@@ -89,10 +89,8 @@ class Quantizer(KeepsFloat32):
         inner = self.codebook_dim * heads
         self.project_in = nn.Linear(dim, inner) if inner != dim else nn.Identity()
         self.project_out = nn.Linear(inner, dim) if inner != dim else nn.Identity()
-        # Its dtype is the one that the module was converted to, whatever stays in float32.
-        self.register_buffer("_output_like", torch.zeros(()), persistent=False)
         self.register_buffer("initialised", torch.tensor(not kmeans_init))
-        self._is_initialised = not kmeans_init  # the same, readable without waiting for a GPU
+        self._is_initialised = not kmeans_init  # known to be, without waiting for a GPU
         self.register_load_state_dict_post_hook(_read_initialised)
 
     def _first_codes(self) -> Tensor:
@@ -104,6 +102,10 @@ class Quantizer(KeepsFloat32):
     def _stored_codes(self) -> Tensor:
         """The tensor (codebooks, K, D) that holds the codes."""
         return self.codebook_parameter
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module would take a parameter for a new one of its own, not for codes to copy.
+        super().__setattr__(name, value.detach() if name == "codebook" else value)
 
     @property
     def codebook(self) -> Tensor:
@@ -156,7 +158,7 @@ class Quantizer(KeepsFloat32):
         x = x if self.channel_last else x.movedim(1, -1)
         valid = valid_positions(x.shape[:-1], x.device, mask, lens)
         z = self._latents(x if valid is None else x[valid])
-        if self.training and not self._is_initialised:
+        if self.training and not self._codes_are_placed():
             self._initialise(z.detach())
         out = self.quantize(z)
         regulariser = self._entropy_regulariser(z)
@@ -216,6 +218,11 @@ class Quantizer(KeepsFloat32):
             codes.copy_(centres)
         self._mark_initialised()
 
+    def _codes_are_placed(self) -> bool:
+        """Also where nothing but the buffer says so, as that of another replica was copied in."""
+        self._is_initialised = self._is_initialised or bool(self.initialised)
+        return self._is_initialised
+
     def _mark_initialised(self) -> None:
         """The codes have been placed: k-means is over."""
         self.initialised.fill_(True)
@@ -243,7 +250,7 @@ class Quantizer(KeepsFloat32):
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """The nearest codes as forward returns them: projected, in the input's layout; 0 for −1."""
         masked = indices < 0 if self.heads == 1 else (indices < 0).all(-1)
-        output = self._outputs(self.get_codes_from_indices(indices).to(self._output_like.dtype))
+        output = self._outputs(self.get_codes_from_indices(indices).to(self.converted_to))
         return self._to_input_layout(output.masked_fill(masked[..., None], 0))
 
     def _latents(self, x: Tensor) -> Tensor:

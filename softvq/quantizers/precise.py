@@ -11,10 +11,14 @@ class KeepsFloat32(nn.Module):
     """A module whose tensors named in `in_float32` follow it to devices and to float64 only.
 
     Running averages move by steps of a percent and less, which half precision rounds away; a
-    temperature would be another one, or infinite.
+    temperature would be another one, or infinite. `converted_to` is the dtype of all others.
     """
 
     in_float32: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.converted_to = torch.get_default_dtype()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept = {id(getattr(self, name)) for name in self.in_float32}
@@ -25,4 +29,6 @@ class KeepsFloat32(nn.Module):
                 return tensor.to(converted.device)
             return converted
 
+        like = torch.empty((), dtype=self.converted_to, device="cpu")
+        self.converted_to = fn(like).dtype
         return super()._apply(convert, recurse)

@@ -1,0 +1,56 @@
+"""What quantizers hold and where it comes from: built without memory, copied in, assigned."""
+
+import pytest
+import torch
+
+from softvq.quantizers import EMAVQ, VQ, GumbelVQ, SoftVQ
+
+DIM, CODES = 6, 10
+each = pytest.mark.parametrize("kind", [SoftVQ, VQ, EMAVQ, GumbelVQ])
+
+
+@each
+@pytest.mark.parametrize("options", [{}, {"codebook_dim": 4}], ids=str)
+def test_a_module_without_memory_takes_a_checkpoint_and_moves(kind, options):
+    vq = kind(DIM, CODES, **options).eval()
+    with torch.device("meta"):
+        other = kind(DIM, CODES, **options).eval()
+    other.load_state_dict(vq.state_dict(), assign=True)
+    other.to("cpu", torch.float64)
+    _, indices, _ = vq(torch.randn(4, 5, DIM))
+    output = other.get_output_from_indices(indices)
+    assert output.dtype == torch.float64
+    torch.testing.assert_close(output.float(), vq.get_output_from_indices(indices))
+
+
+@each
+@pytest.mark.parametrize("training", [True, False])
+def test_without_memory_there_are_shapes(kind, training):
+    with torch.device("meta"):
+        vq = kind(DIM, CODES, heads=2, codebook_dim=4, entropy_weight=0.1).train(training)
+        quantized, indices, loss = vq(torch.randn(4, 5, DIM))
+    assert quantized.is_meta and quantized.shape == (4, 5, DIM)
+    assert indices.shape == (4, 5, 2) and loss.shape == ()
+
+
+@each
+def test_kmeans_leaves_codes_that_were_copied_in(kind):
+    """Tensor by tensor, as data-parallel training and averaged models do: no hook says so."""
+    vq, other = (kind(DIM, CODES, kmeans_init=True) for _ in range(2))
+    vq(torch.randn(40, DIM))
+    with torch.no_grad():
+        for name, value in other.state_dict(keep_vars=True).items():
+            value.copy_(vq.state_dict()[name])
+    other(50 + torch.randn(40, DIM))
+    assert other.codebook.max() < 40
+
+
+@each
+@pytest.mark.parametrize("cosine", [False, True])
+def test_a_parameter_is_copied_into_the_codebook(kind, cosine):
+    vq, codes = kind(DIM, CODES, use_cosine_sim=cosine), torch.nn.Embedding(CODES, DIM).weight
+    before = [name for name, _ in vq.named_parameters()]
+    vq.codebook = codes
+    wanted = torch.nn.functional.normalize(codes, dim=-1) if cosine else codes
+    torch.testing.assert_close(vq.codebook.detach(), wanted.detach())
+    assert [name for name, _ in vq.named_parameters()] == before
