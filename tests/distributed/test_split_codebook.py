@@ -48,6 +48,12 @@ def test_parts_compare_distances_of_half_precision_in_float32(found):
         assert (results["close codes"] == wanted).all()
 
 
+def test_a_group_is_asked_and_nobody_else(found):
+    for results, scale in zip(found, SCALES, strict=True):
+        for one, other in zip(results["own group"], whole(torch.float64, scale), strict=True):
+            torch.testing.assert_close(one, other)
+
+
 def test_heads_are_refused():
     with pytest.raises(ValueError, match=r"codebook_shard must be \(K, D\)"):
         split_soft_quantize(torch.randn(5, 2, 3), torch.randn(2, 4, 3), 1.0)

@@ -1,5 +1,6 @@
 """One rank of tests/distributed: python worker.py RANK FOLDER."""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -50,6 +51,16 @@ def split(dtype, scale):
     temperature = torch.tensor(0.7, dtype=torch.promote_types(dtype, torch.float32))
     shard = codebook.split(SIZES)[distributed.get_rank()]
     return results(split_soft_quantize, z, shard, temperature, weights)
+
+
+def in_a_group_of_its_own():
+    """What this rank gets from a group that holds all codes and not the other rank."""
+    ranks = range(distributed.get_world_size())
+    groups = [distributed.new_group([rank]) for rank in ranks]  # by all ranks, in one order
+    rank = distributed.get_rank()
+    z, codebook, weights = problem(torch.float64, SCALES[rank])
+    operator = functools.partial(split_soft_quantize, group=groups[rank])
+    return results(operator, z, codebook, torch.tensor(0.7).double(), weights)
 
 
 def close_codes():
@@ -122,6 +133,7 @@ def main(rank, folder):
     for dtype in DTYPES:
         for scale in SCALES:
             found[dtype, scale] = split(dtype, scale)
+    found["own group"] = in_a_group_of_its_own()
     model = network()
     synchronise_batch_norms(model)
     rows = slice(4 * rank, 4 * rank + 4)
