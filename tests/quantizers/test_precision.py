@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import softvq
 from softvq.quantizers import EMAVQ, VQ, GumbelVQ, SoftVQ
 
 DIM, CODES = 6, 10
@@ -97,3 +98,13 @@ def test_autocast_does_not_lower_what_a_sample_is_drawn_from():
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             samples.append(vq(x)[0])
     assert torch.equal(*samples)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_converted_module_is_as_sure_of_its_codes_as_a_precise_one(dtype):
+    vq = SoftVQ(64, CODES).to(dtype)
+    x = (4 * torch.randn(40, 64)).to(dtype)  # squared distances of 1,000, whose halves round
+    p = softvq.assignment_probabilities(x.double(), vq.codebook.double(), 1.0)
+    wanted = p.amax(-1).float()
+    assert (wanted < 0.9).any()
+    torch.testing.assert_close(vq.assign(x).max_probability, wanted, rtol=1e-3, atol=1e-3)
