@@ -92,6 +92,14 @@ def trained(case, rank):
     return steps
 
 
+def regulariser(rank):
+    """The statistic of a step in which the second replica has no row."""
+    x, mask = counted(1, rank)
+    torch.manual_seed(0)
+    vq = VQ(DIM, CODES, **ENTROPY)
+    return vq(x, mask=mask, return_loss_breakdown=True)[3].entropy_regulariser.detach()
+
+
 def shares():
     """What the trainer's restart counts, and where it moves codes."""
     rank = distributed.get_rank()
@@ -108,7 +116,7 @@ def main(rank, folder):
     )
     rows = slice(0, FIRST) if rank == 0 else slice(FIRST, ROWS)
     results = {case: run(case, rows, seed=rank) for case in CASES}
-    results["shares"] = shares()
+    results |= {"shares": shares(), "regulariser": regulariser(rank)}
     results |= {case: trained(case, rank) for case in TRAINED}
     torch.save(results, folder / f"{rank}.pt")
     distributed.destroy_process_group()

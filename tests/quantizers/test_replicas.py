@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import softvq
-from softvq.quantizers import EMAVQ
+from softvq.quantizers import EMAVQ, VQ
 from tests.quantizers.replica import (
     CASES,
     CODES,
     COUNTED,
+    DIM,
     FIRST,
     ROWS,
     TRAINED,
@@ -108,6 +109,17 @@ def test_losses_and_gradients_are_right_however_many_rows_each_masks(replicas, c
             torch.testing.assert_close(loss, wanted[rank].detach())
             for name, parameter in net.named_parameters():
                 torch.testing.assert_close(grads[name], parameter.grad, msg=name)
+
+
+def test_without_rows_the_regulariser_is_that_of_the_other_replicas_usage(replicas):
+    torch.manual_seed(0)
+    codebook, (x, mask) = VQ(DIM, CODES).codebook, counted(1, 0)
+    assert COUNTED[1][1] == 0
+    usage, entropy = softvq.usage_and_entropy(x[mask], codebook, 1.0)
+    usage_entropy = -(usage * usage.log()).sum()
+    wanted = (entropy.mean() - usage_entropy, -usage_entropy)
+    for results, value in zip(replicas, wanted, strict=True):
+        torch.testing.assert_close(results["regulariser"], value.detach())
 
 
 def test_shares_are_counted_over_both(replicas):
