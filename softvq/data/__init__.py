@@ -6,7 +6,7 @@ from pathlib import Path
 from softvq.data.cifar10 import load_cifar10
 from softvq.data.digits import load_digits
 from softvq.data.fingerprint import fingerprint
-from softvq.data.folder import Reading, load_folder
+from softvq.data.folder import Reading, is_among, load_folder
 from softvq.data.mnist import load_mnist
 from softvq.data.pictures import find_images, load_images
 from softvq.data.resize import fit
@@ -24,6 +24,7 @@ __all__ = [
     "Reading",
     "StreamedSet",
     "find_images",
+    "is_among",
     "load_data",
     "load_images",
 ]
@@ -63,7 +64,8 @@ def load_data(
     source = _read(name, data_dir, download, image_size, reading)
     train, validation = source.train, source.validation
     if validation is None:
-        train, validation = split_off(train, validation_fraction, seed, "validation")
+        advice = "give more, or another --validation-fraction"
+        train, validation = split_off(train, validation_fraction, seed, "validation", advice)
     parts = (train, validation, source.test)
     digest = fingerprint(parts, source.class_names)
     if isinstance(train, StreamedSet):

@@ -64,12 +64,19 @@ def load_folder(root: Path, image_size: tuple[int, int] | None, reading: Reading
         bad,
     )
     if len(folders) == 1:
-        return Source(*split_off(whole, TEST_FRACTION, TEST_SEED, "test"), names)
+        advice = f"add some to {root}, or make folders 'train' and 'test' of them there"
+        return Source(*split_off(whole, TEST_FRACTION, TEST_SEED, "test", advice), names)
     parts = torch.from_numpy(pictures.rows["folder"].copy())
     train, test, *validation = (
         whole.select((parts == part).nonzero().flatten()) for part in range(len(folders))
     )
     return Source(train, test, names, *validation)
+
+
+def is_among(root: Path, path: Path) -> bool:
+    """Whether pictures in the folder `path` are, or would be, images of `load_folder(root)`."""
+    place = path.resolve()
+    return any(place.is_relative_to(folder.resolve()) for folder in _split_folders(root))
 
 
 def _split_folders(root: Path) -> list[Path]:

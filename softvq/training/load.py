@@ -1,7 +1,10 @@
 """From a configuration to what is trained: the model with its data."""
 
+from pathlib import Path
+
 import torch
 
+from softvq.data import is_among
 from softvq.data.watch import unwatched
 from softvq.training import ranks
 from softvq.training.build import build_data
@@ -11,8 +14,19 @@ from softvq.training.images import ImageTask
 from softvq.training.origin import check_data
 from softvq.training.prior import PriorTask
 from softvq.training.progress import with_bar
-from softvq.training.run_folder import RunFolder
+from softvq.training.run_folder import RunError, RunFolder
 from softvq.training.task import Task
+
+
+def check_apart(config: TrainConfig, out: Path) -> None:
+    """Raise RunError for a run folder whose pictures would be among the run's own images."""
+    if config.model in PRIOR:
+        config = RunFolder(config.tokenizer).read_config()
+    if config.data == "folder" and config.data_dir and is_among(config.data_dir, out):
+        raise RunError(
+            f"{out}: lies in the folder of the images, {config.data_dir}, where the pictures of "
+            "the run would be taken for images; choose a folder elsewhere with --out"
+        )
 
 
 def load_task(

@@ -18,7 +18,7 @@ from softvq.training.config import TrainConfig
 from softvq.training.engine import Engine
 from softvq.training.finish import finish
 from softvq.training.guards import TrainingError
-from softvq.training.load import load_task
+from softvq.training.load import check_apart, load_task
 from softvq.training.lock import locked
 from softvq.training.memory import peak_memory
 from softvq.training.optimizer import build_optimizer, set_learning_rates
@@ -53,6 +53,7 @@ def train(
     writes = ranks.is_first()
     if tensorboard:
         check_tensorboard()
+    check_apart(config, out)
     with locked(out) if writes else nullcontext(), memory_advice(config):
         with ranks.joined(config.device) as device:
             if writes:

@@ -6,6 +6,7 @@ import pytest
 
 from softvq.cli import main
 from softvq.training import files
+from softvq.training.config import TrainConfig
 from softvq.training.run_folder import RunError, RunFolder
 from softvq.training.trainer import train
 from tests.pictures import paint
@@ -47,8 +48,32 @@ def test_pictures_are_not_lost_to_a_run_in_their_folder(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["train", *options, "--steps", "1", "--quiet"])
     assert caught.value.code == 2
-    assert "holds no run but other files" in capsys.readouterr().err
+    assert f"{folder}: lies in the folder of the images" in capsys.readouterr().err
     assert all(path.is_file() for path in flat)
+
+
+@pytest.mark.parametrize("model", ["soft-vqvae", "pixelcnn"])
+def test_a_run_is_not_made_among_its_own_images(model, tiny_run, tmp_path, capsys):
+    """Its pictures would be images of the next one, and keep it from going on itself."""
+    folder = paint(tmp_path / "pictures", 20)
+    options = ["--data", "folder", "--data-dir", str(folder)]
+    if model == "pixelcnn":
+        run = shutil.copytree(tiny_run, tmp_path / "run")
+        text = RunFolder(run).config.read_text()
+        text = text.replace('data = "digits"', f'data = "folder"\ndata_dir = "{folder}"')
+        RunFolder(run).config.write_text(text)
+        options = ["--tokenizer", str(run)]
+    with pytest.raises(SystemExit):
+        main(["train", "--model", model, *options, "--out", str(folder / "runs" / "a")])
+    assert f"{folder / 'runs' / 'a'}: lies in the folder of the images" in capsys.readouterr().err
+    assert not (folder / "runs").exists()
+
+
+def test_a_run_may_lie_beside_the_folders_of_the_splits(tmp_path):
+    for split in ("train", "test"):
+        paint(tmp_path / split, 20, size=(8, 8))
+    config = TrainConfig(data="folder", data_dir=tmp_path, steps=1, width=2, workers=0)
+    assert train(config, tmp_path / "runs" / "a", quiet=True)
 
 
 def test_overwriting_removes_the_run_and_nothing_else(config, tiny_run, tmp_path):
