@@ -1,5 +1,6 @@
 """Picture files: finding and decoding them."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,20 +37,30 @@ def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path
     """All files under `folder` with these suffixes, those of pictures, at any depth, sorted.
 
     Hidden files and folders (macOS leaves "._name.jpg" behind) are skipped, and links to folders
-    are not followed. Raises DataError when there is no such folder or no such file in it.
+    are not followed. Raises DataError when there is no such folder or no such file in it, and for
+    a folder below it that cannot be read.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give --data-dir a folder of images")
-    paths = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in suffixes
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    try:
+        paths = sorted(path for path in _files_in(folder) if path.suffix.lower() in suffixes)
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be looked through ({error.strerror})") from error
     if not paths:
         raise DataError(f"{folder}: no images there; add files ending in {' '.join(suffixes)}")
     return paths
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    """Not with rglob, which passes over folders that it may not read."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files_in(folder / entry.name)
+            elif entry.is_file():
+                yield folder / entry.name
 
 
 def read_header(file: Path | BinaryIO) -> Header:

@@ -1,5 +1,7 @@
 """Folders of pictures, and single pictures."""
 
+import errno
+import os
 import re
 from pathlib import Path
 
@@ -160,6 +162,34 @@ def test_find_images_knows_formats_and_skips_the_rest(tmp_path):
     (tmp_path / "folder.png").mkdir()
     assert find_images(tmp_path) == wanted
     assert load_images(wanted, (1, 4, 6)).shape == (7, 1, 4, 6)
+
+
+def test_a_folder_that_may_not_be_read_is_not_passed_over(zoo, monkeypatch):
+    look = os.scandir
+
+    def scandir(path):
+        if Path(path) == zoo / "bee":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    message = rf"^{zoo / 'bee'}: cannot be looked through \(Permission denied\)"
+    with pytest.raises(DataError, match=message):
+        load_data("folder", zoo)
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (2, "test split of 0.2 from 2 images .* add some to {}, or make folders 'train' and"),
+        (4, "validation split of 0.1 from 3 images .* another --validation-fraction"),
+    ],
+)
+def test_too_few_images_for_a_split(tmp_path, count, message):
+    for number in range(count):
+        save(tmp_path / f"{number}.png")
+    with pytest.raises(DataError, match=message.format(tmp_path)):
+        load_data("folder", tmp_path)
 
 
 def test_load_images_converts_channels_and_keeps_order(tmp_path):

@@ -275,18 +275,33 @@ def test_nothing_but_bad_pictures(tmp_path, stream):
         read_all(load(folder, stream=stream, skip=True, note=str))
 
 
+def test_a_second_folder_of_nothing_but_bad_pictures(tmp_path):
+    paint(tmp_path / "train", 20)
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "x.png").write_bytes(BAD["empty"])
+    message = f"^{tmp_path / 'test'}: none of the images there can be read"
+    with pytest.raises(DataError, match=message):
+        load(tmp_path, skip=True)
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
-def test_pictures_are_turned_upright(tmp_path, suffix):
+@pytest.mark.parametrize(
+    ("orientation", "corner"), [(5, (0, -1)), (6, (0, 0)), (7, (-1, 0)), (8, (-1, -1))]
+)
+def test_pictures_are_turned_upright(tmp_path, suffix, orientation, corner):
+    """corner: where the one at the bottom left comes to be."""
     for number in range(20):
         image = Image.new("RGB", (8, 16))
-        image.paste((255, 255, 255), (0, 8, 8, 16))  # Black above white.
+        image.paste((255, 255, 255), (0, 12, 4, 16))
         exif = image.getexif()
-        exif[0x0112] = 6  # Orientation: to be shown turned a quarter clockwise.
+        exif[0x0112] = orientation
         image.save(tmp_path / f"{number}.{suffix}", exif=exif)
     there, streaming = load(tmp_path, stream=False), load(tmp_path)
     assert there.image_shape == streaming.image_shape == (3, 8, 16)
     assert torch.equal(whole(streaming.train).images, there.train.images)
-    assert there.train.images[0, 0, 0, [0, -1]].tolist() == [255, 0]
+    corners = [(0, 0), (0, -1), (-1, 0), (-1, -1)]
+    seen = [place for place in corners if there.train.images[(0, 0, *place)] > 200]
+    assert seen == [corner]
 
 
 @pytest.mark.parametrize("skip", [False, True])
