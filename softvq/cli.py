@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 import torch
 
 import softvq
-from softvq.data import DataError
+from softvq.data import DATASETS, DataError
 from softvq.training.advice import is_out_of_memory
 from softvq.training.codes import SPLITS
 from softvq.training.commands import decode, encode, evaluate_run, reconstruct, sample
@@ -24,7 +24,7 @@ from softvq.training.plan import plan
 from softvq.training.ranks import was_restarted
 from softvq.training.report import write_report
 from softvq.training.run_folder import RunError, RunFolder
-from softvq.training.settings import ConfigError, describe_default, value_types
+from softvq.training.settings import ConfigError, describe_default, read_from, value_types
 from softvq.training.trainer import train
 
 # settings that a resumed run may have otherwise
@@ -131,8 +131,8 @@ def build_parser() -> argparse.ArgumentParser:
     pictures.add_argument("images", type=Path, nargs="+", help="picture files or folders of them")
     out = Path("reconstructions")
     pictures.add_argument("-o", "--out", type=Path, default=out, help=f"folder; default: {out}")
-    encoding = add_of_run("encode", "turn images into codes", encode_command)
-    encoding.add_argument("--data", choices=data_names(), help="default: the run's own data")
+    encoding = add_of_run("encode", "turn the images of all splits into codes", encode_command)
+    encoding.add_argument("--data", choices=DATASETS, help="default: the run's own data")
     encoding.add_argument("--data-dir", type=Path, help="where they are; default: as trained")
     encoding.add_argument("-o", "--out", type=Path, required=True, help="codes.npz")
     decoding = add_of_run("decode", "turn codes back into images", decode_command)
@@ -160,11 +160,6 @@ def count(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text} is not allowed; it must be at least 1")
 
 
-def data_names() -> tuple[str, ...]:
-    """The data sets there are."""
-    return get_args(value_types(TrainConfig)["data"])
-
-
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """One option for each setting of TrainConfig, grouped as it groups them."""
     groups: dict[str, Any] = {}
@@ -190,11 +185,13 @@ def train_command(options: argparse.Namespace) -> int:
     given = {
         name: value for name, value in vars(options).items() if name in value_types(TrainConfig)
     }
-    if options.config:
-        given = read_config(options.config) | given
+    values = read_config(options.config) if options.config else {}
+    from_file = values.keys() - given.keys()
+    given = values | given
     out, resume = options.out, options.resume
     if not resume:
-        config = TrainConfig(**given)
+        with read_from(options.config, from_file):
+            config = TrainConfig(**given)
         out = out or default_out(config)
         resume = was_restarted() and RunFolder(out).has_checkpoint()
     elif out is None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from softvq.training.config import TrainConfig, read_config
 from softvq.training.curves import Chart, Points, Scale, draw_chart, number
 from softvq.training.files import replacing
 from softvq.training.history import History, Metrics, read_history, with_nan
@@ -91,7 +92,7 @@ def write_report(run: Path) -> Path:
     for name in ("config.toml", "metrics.jsonl"):
         if not (run / name).is_file():
             raise ValueError(f"{run}: no {name} there; name the folder of a training run")
-    config = tomllib.loads((run / "config.toml").read_text("utf-8"))
+    config = tomllib.loads(TrainConfig(**read_config(run / "config.toml")).to_toml())
     history, unreadable = read_history(run / "metrics.jsonl")
     finished = (run / "summary.json").is_file()
     summary = _read_summary(run / "summary.json") if finished else {}
@@ -126,7 +127,7 @@ def write_report(run: Path) -> Path:
     )
     path = run / "report.html"
     with replacing(path) as temporary:
-        temporary.write_text(page, "utf-8")
+        temporary.write_text(page, "utf-8", errors="replace")  # names of any bytes
     return path
 
 

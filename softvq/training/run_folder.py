@@ -18,6 +18,7 @@ from softvq.training.build import build_model
 from softvq.training.config import TrainConfig, read_config
 from softvq.training.files import half_done, remove, write_text
 from softvq.training.history import read_metrics
+from softvq.training.settings import read_from
 from softvq.training.warn import warn
 
 # What a run leaves in its folder, as patterns below it. Nothing else there is ever removed.
@@ -103,10 +104,12 @@ class RunFolder:
         return any(self.checkpoints.glob("step-*"))
 
     def read_config(self) -> TrainConfig:
-        """Raises RunError when there is no run."""
+        """Raises RunError when there is no run, and ConfigError."""
         if not self.config.is_file():
             raise RunError(f"{self.path}: no run there (no config.toml)")
-        return TrainConfig(**read_config(self.config))
+        values = read_config(self.config)
+        with read_from(self.config, values):
+            return TrainConfig(**values)
 
     def append_metrics(self, step: int, split: str, values: dict[str, float]) -> None:
         """Add one line to metrics.jsonl; on the disk, or OSError and nothing has changed."""
@@ -146,7 +149,8 @@ class RunFolder:
         with self._weights() as file:
             shape = _shape_in(file)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        model = build_model(config, shape)
+        # A config.toml that was cut short leaves open what followed from the images.
+        model = build_model(config.resolved(config.batch_size, shape.get("image_shape")), shape)
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:

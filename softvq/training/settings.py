@@ -5,10 +5,13 @@ import difflib
 import tomllib
 import types
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+KINDS = {int: "a whole number", float: "a number", str: "a text", Path: "a path"}
 
 
 class ConfigError(ValueError):
@@ -102,6 +105,17 @@ def read_toml(path: Path, settings: type) -> dict[str, Any]:
     return values
 
 
+@contextmanager
+def read_from(path: Path, names: Container[str]) -> Iterator[None]:
+    """Have a ConfigError about one of these settings name the file that they stand in."""
+    try:
+        yield
+    except ConfigError as error:
+        if str(error).partition(":")[0] not in names:
+            raise
+        raise ConfigError(f"{path}: {error}") from error
+
+
 def nearest_hint(name: str, names: Iterable[str]) -> str:
     """ ", did you mean …?" for a misspelt name, or nothing."""
     close = difflib.get_close_matches(name, list(names), n=1)
@@ -114,7 +128,7 @@ def check_type(name: str, value: Any, kind: Any) -> None:
         if value not in get_args(kind):
             raise ConfigError(f"{name}: {value!r} is not one of {', '.join(get_args(kind))}")
     elif not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
-        raise ConfigError(f"{name}: {value!r} is not a {kind.__name__}")
+        raise ConfigError(f"{name}: {value!r} is not {KINDS[kind]}")
 
 
 def check(settings: Any, names: str, allowed: Callable[[Any], object], text: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -291,6 +292,16 @@ def test_a_run_without_any_number_still_has_a_page(tmp_path: Path) -> None:
     page = report(write_run(tmp_path, []))
     assert "metrics.jsonl holds no numbers yet" in page.text
     assert "Not recorded in this run: Soft against hard" in page.text
+
+
+def test_a_configuration_that_says_nothing_still_has_a_page(tmp_path: Path) -> None:
+    assert "soft-vqvae on digits" in report(write_run(tmp_path, [], config="")).text
+
+
+def test_a_run_folder_whose_name_is_no_text_has_a_page(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"gr\xfcn")
+    folder.mkdir()
+    assert "Run gr?n" in report(write_run(folder, [])).text
 
 
 def test_soft_errors_alone_are_not_called_soft_against_hard(tmp_path: Path) -> None:
