@@ -21,7 +21,7 @@ from softvq.training.codes import (
 )
 from softvq.training.config import PRIOR, torch_device
 from softvq.training.evaluation import batch_size, evaluate, to_pixels
-from softvq.training.files import write_text
+from softvq.training.files import check_place, write_text
 from softvq.training.origin import check_data
 from softvq.training.pictures import save_rows
 from softvq.training.prior import decoded_samples, prior_metrics
@@ -70,6 +70,8 @@ def reconstruct(run: RunFolder, sources: Sequence[Path], out: Path) -> list[Path
         needs = "codes, not images" if config.model in PRIOR else "the class of each image"
         raise RunError(f"{run.path}: a {config.model} needs {needs}; it cannot reconstruct files")
     model = run.load_model(device)
+    if missing := [source for source in sources if not source.exists()]:
+        raise DataError(f"{missing[0]}: no such picture or folder")
     paths = [p for s in sources for p in (find_images(s) if s.is_dir() else [s])]
     images = load_images(paths, model.image_shape, fitted=config.image_size is not None)
     names = [f"reconstructions-{n}.png" for n in range(-(-len(images) // PER_ROW))]
@@ -95,6 +97,7 @@ def encode(run: RunFolder, data: str | None, data_dir: Path | None, out: Path) -
     device = torch_device()
     model = load_tokenizer(run, device)
     config = run.read_config()
+    check_place(out)
     changes = {} if data is None else {"data": data, "data_dir": None, **dict.fromkeys(OF_FOLDERS)}
     changes |= {} if data_dir is None else {"data_dir": data_dir}
     splits = build_data(dataclasses.replace(config, **changes))
@@ -172,13 +175,15 @@ def sample(
         codes = prior.load_model(device)
         drawn, classes = decoded_samples(codes, model, temperature or 1.0), codes.classes
         shape = prior.read_shape()
-    names = shape["class_names"] if classes else ()
-    torch.manual_seed(seed)
+    # An older run does not know what its classes are called.
+    names = shape.get("class_names", [str(label) for label in range(classes)]) if classes else ()
     labels = even_labels(count, classes, device)
     if class_name is not None:
         if class_name not in names:
             known = f"not one of {', '.join(names)}" if names else "not known: the model has none"
             raise ConfigError(f"class: {class_name!r} is {known}")
         labels = torch.full_like(labels, names.index(class_name))
+    check_place(out)
+    torch.manual_seed(seed)
     save_rows(out, sampled_rows(drawn, labels, names, model.image_shape))
     return out

@@ -8,21 +8,34 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def check_place(path: Path) -> None:
+    """Raise OSError, before long work that is to end in a file, where it cannot be written."""
+    with _beside(path) as temporary:
+        temporary.touch()
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place if the block ends without an error.
 
     Raises OSError, for a folder too; it names the path and not the temporary one.
     """
+    with _beside(path) as temporary:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A temporary path beside that of a file; nothing is left there."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         try:
             yield temporary
-            sync(temporary)
-            os.replace(temporary, path)
-            sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:

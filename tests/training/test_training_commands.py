@@ -337,6 +337,27 @@ def test_a_model_of_other_settings(run):
         evaluate_run(run, "test")
 
 
+def test_a_configuration_without_what_followed_from_the_images(run):
+    before = evaluate_run(run, "test")
+    kept = [line for line in run.config.read_text().splitlines() if "latent_grid" not in line]
+    run.config.write_text("\n".join(kept))
+    assert evaluate_run(run, "test") == before
+
+
+@pytest.mark.parametrize("place", ["gone/codes.npz", "."])
+def test_a_place_that_cannot_be_written_is_known_before_the_work(
+    tiny_runs, tmp_path, monkeypatch, place
+):
+    for work in ("build_data", "sampled_rows"):
+        monkeypatch.setattr(commands, work, lambda *_: pytest.fail("began"))
+    out = tmp_path / place
+    with pytest.raises(OSError, match=str(out)):
+        encode(RunFolder(tiny_runs("vqvae")), None, None, out)
+    with pytest.raises(OSError, match=str(out)):
+        sample(RunFolder(tiny_runs("vae")), None, 2, None, temperature=None, seed=0, out=out)
+    assert list(tmp_path.iterdir()) == []
+
+
 WITHOUT_PRIOR = [("vae", None), ("cvae", None), ("ae", None)]
 SAMPLED = [*WITHOUT_PRIOR, ("soft-vqvae", "pixelcnn"), ("vqvae2", "pixelcnn")]
 sampled_models = pytest.mark.parametrize(("model", "prior"), SAMPLED)
