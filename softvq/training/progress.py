@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.progress import (
 from rich.progress import (
     Progress as Bar,
 )
+from rich.table import Column
 from torch import Tensor
 
 from softvq.training.checkpoint import Progress
@@ -33,7 +35,7 @@ class _Console(Console):
 
 
 class Display:
-    """Progress bar with steps/s, images/s, time to the end and the live losses."""
+    """Progress bar with the time to the end, steps/s, images/s and the live losses."""
 
     def __init__(self, config: TrainConfig, *, quiet: bool):
         self.config = config
@@ -41,16 +43,16 @@ class Display:
         self.console = _Console(quiet=quiet, highlight=False, markup=False, emoji=False)
         self.bar = Bar(
             SpinnerColumn(),
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[losses]}"),
+            BarColumn(bar_width=15),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            # What is left of the line is theirs, so that they push nothing else off it.
+            TextColumn("{task.fields[numbers]}", table_column=Column(ratio=1, no_wrap=True)),
+            expand=True,
             console=self.console,
             disable=quiet or not self.console.is_terminal,
         )
-        self.task = self.bar.add_task("training", total=config.steps, speed="", losses="")
+        self.task = self.bar.add_task("training", total=config.steps, numbers="")
         self._shown = 0.0
 
     def __enter__(self) -> "Display":
@@ -71,8 +73,7 @@ class Display:
         self.bar.update(
             self.task,
             completed=step,
-            speed=f"{rate:.1f} steps/s  {progress.images_per_second:,.0f} images/s",
-            losses=losses,
+            numbers=f"{rate:.1f} steps/s  {progress.images_per_second:,.0f} images/s  {losses}",
         )
 
     def note(self, text: str) -> None:
@@ -87,7 +88,9 @@ class Display:
     def stopped(self, step: int, run: Path, *, saved: bool) -> None:
         """Say how to go on after a signal."""
         where = "saved" if saved else "not saved, the disk is full; an older checkpoint is there"
-        self._print(f"stopped at step {step}, {where}; go on: softvq train --out {run} --resume")
+        self._print(
+            f"stopped at step {step}, {where}; go on: softvq train --out {quote(str(run))} --resume"
+        )
 
     def finished(self, values: dict[str, float], report: Path) -> None:
         """Print the metrics of the test split."""
