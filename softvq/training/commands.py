@@ -70,8 +70,9 @@ def reconstruct(run: RunFolder, sources: Sequence[Path], out: Path) -> list[Path
         needs = "codes, not images" if config.model in PRIOR else "the class of each image"
         raise RunError(f"{run.path}: a {config.model} needs {needs}; it cannot reconstruct files")
     model = run.load_model(device)
-    if missing := [source for source in sources if not source.exists()]:
-        raise DataError(f"{missing[0]}: no such picture or folder")
+    for source in sources:
+        if not source.exists():
+            raise DataError(f"{source}: no such picture or folder")
     paths = [p for s in sources for p in (find_images(s) if s.is_dir() else [s])]
     images = load_images(paths, model.image_shape, fitted=config.image_size is not None)
     names = [f"reconstructions-{n}.png" for n in range(-(-len(images) // PER_ROW))]

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from softvq.training.config import TrainConfig, read_config
 from softvq.training.curves import Chart, Points, Scale, draw_chart, number
 from softvq.training.files import replacing
 from softvq.training.history import History, Metrics, read_history, with_nan
+from softvq.training.run_folder import RunFolder
 
 SOFT, HARD = "reconstruction_quantizing_error", "reconstruction_hard_error"
 GAP = "gap"  # HARD - SOFT
@@ -92,7 +92,7 @@ def write_report(run: Path) -> Path:
     for name in ("config.toml", "metrics.jsonl"):
         if not (run / name).is_file():
             raise ValueError(f"{run}: no {name} there; name the folder of a training run")
-    config = tomllib.loads(TrainConfig(**read_config(run / "config.toml")).to_toml())
+    config = tomllib.loads(RunFolder(run).read_config().to_toml())
     history, unreadable = read_history(run / "metrics.jsonl")
     finished = (run / "summary.json").is_file()
     summary = _read_summary(run / "summary.json") if finished else {}
