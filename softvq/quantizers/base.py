@@ -158,7 +158,7 @@ class Quantizer(KeepsFloat32):
         x = x if self.channel_last else x.movedim(1, -1)
         valid = valid_positions(x.shape[:-1], x.device, mask, lens)
         z = self._latents(x if valid is None else x[valid])
-        if self.training and not self._codes_are_placed():
+        if self.training and not self._is_initialised:
             self._initialise(z.detach())
         out = self.quantize(z)
         regulariser = self._entropy_regulariser(z)
@@ -209,7 +209,13 @@ class Quantizer(KeepsFloat32):
 
     @torch.no_grad()
     def _initialise(self, z: Tensor) -> None:
-        """Let k-means on latents (..., D) place the codes, if there are any and all are finite."""
+        """Let k-means on latents (..., D) place the codes, if there are any and all are finite.
+
+        Not where the buffer says that they are placed: it was copied in, as another replica's is.
+        """
+        if self.initialised:
+            self._is_initialised = True
+            return
         options = {"spherical": self.use_cosine_sim, "sync": self.sync_codebook}
         for codes, latents in zip(self._stored_codes, self._by_codebook(z), strict=True):
             centres = kmeans(latents, self.codebook_size, self.kmeans_iters, **options)
@@ -217,11 +223,6 @@ class Quantizer(KeepsFloat32):
                 return
             codes.copy_(centres)
         self._mark_initialised()
-
-    def _codes_are_placed(self) -> bool:
-        """Also where nothing but the buffer says so, as that of another replica was copied in."""
-        self._is_initialised = self._is_initialised or bool(self.initialised)
-        return self._is_initialised
 
     def _mark_initialised(self) -> None:
         """The codes have been placed: k-means is over."""
