@@ -1,5 +1,6 @@
 """The command line: what it runs, and one clear line and exit status 2 for what it cannot."""
 
+import io
 import json
 import re
 import shutil
@@ -87,6 +88,16 @@ def test_help_says_what_a_run_is_and_where_pictures_go(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "run run folder of `softvq train`" in text
     assert "folder; default: reconstructions" in text
+
+
+def test_help_where_the_terminal_knows_ascii_alone(monkeypatch):
+    page = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(page, encoding="ascii"))
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--help"])
+    sys.stdout.flush()
+    assert caught.value.code == 0
+    assert rb"weight of \u2016X" in page.getvalue()
 
 
 def test_help_names_every_command(capsys):

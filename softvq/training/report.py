@@ -193,7 +193,7 @@ def _tiles(
         yield "Hard PSNR", f"{metrics['psnr_hard']:.2f} dB", "nearest code"
     if GAP in metrics:
         share = metrics[GAP] / metrics[SOFT] if metrics[SOFT] else math.inf
-        yield "Soft-hard gap", number(metrics[GAP]), f"{share:+.0%} on the soft error"
+        yield "Soft-hard gap", number(metrics[GAP]), f"{share:+z.0%} on the soft error"
     elif HARD not in metrics and "reconstruction_error" in metrics:
         yield "Error", number(metrics["reconstruction_error"]), "per pixel"
     if "psnr" in metrics and "psnr_hard" not in metrics:

@@ -288,6 +288,12 @@ def test_an_unfinished_run_says_so_and_shows_what_there_is(tmp_path: Path) -> No
         assert text in page.text
 
 
+def test_a_gap_of_nothing_has_no_sign_of_less(tmp_path: Path) -> None:
+    """Nearest codes may do better than the mixture by less than can be shown."""
+    line = validation_line(10) | {"reconstruction_hard_error": 0.02 - 1e-7}
+    assert "+0% on the soft error" in report(write_run(tmp_path, [line])).text
+
+
 def test_a_run_without_any_number_still_has_a_page(tmp_path: Path) -> None:
     page = report(write_run(tmp_path, []))
     assert "metrics.jsonl holds no numbers yet" in page.text
