@@ -27,8 +27,9 @@ from bench.bounds import (
     reduced_errors,
 )
 from bench.check import judged
-from bench.compile import ARCHITECTURES, INPUTS
+from bench.compile import DATA_CENTRE, INPUTS
 from bench.emulator import Fault, emulated
+from bench.launches import FAMILY
 from bench.results import Row, as_text, print_table
 from bench.truth import Problem, matmul_in
 from softvq.kernels import code_sums, code_sweep, fused
@@ -115,9 +116,7 @@ def run(architecture: int, inputs: str, dim: int, kind: str) -> list[Row]:
 def main(arguments: list[str]) -> int:
     """`python -m bench emulate`."""
     parser = argparse.ArgumentParser(prog="python -m bench emulate", description=__doc__)
-    parser.add_argument(
-        "--architecture", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES
-    )
+    parser.add_argument("--architecture", type=int, nargs="+", choices=FAMILY, default=DATA_CENTRE)
     parser.add_argument("--inputs", nargs="+", choices=INPUTS, default=tuple(INPUTS))
     parser.add_argument("--dim", type=int, nargs="+", default=DIMS, help="1 to 256")
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS, help="what is done")

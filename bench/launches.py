@@ -13,7 +13,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, compile
 from triton.runtime.jit import JITFunction
 
-FAMILY = {80: "ampere", 90: "hopper", 100: "blackwell"}  # whose tiles an architecture uses
+from softvq.kernels import tiles
+
+# Whose tiles an architecture uses.
+FAMILY: dict[int, tiles.Architecture] = {
+    80: "ampere",
+    86: "ampere",
+    89: "ampere",
+    90: "hopper",
+    100: "blackwell",
+    120: "ampere",
+}
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 TYPES = {
     torch.float64: "*fp64",

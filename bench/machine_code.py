@@ -25,9 +25,8 @@ TENSOR_CORE = re.compile(r"\b(UTC\w*MMA|HGMMA|HMMA|IGMMA|QGMMA|DMMA)\b")
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 BRANCH = re.compile(r"\bBRA\S*\s.*?(0x[0-9a-f]+)")
 SPILL = re.compile(r"\b(STL|LDL)(?:\.LU)?(?:\.(64|128))?\b")
-# Bytes per block. What is compiled for sm_80 runs on its smaller relatives too: sm_86, sm_89 and
-# sm_120 have 99 KB.
-SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Bytes per block, by whose tiles: A100 has 163 KB, but shares them with consumers' cards.
+SHARED_LIMIT = {"ampere": 99 * 1024, "hopper": 227 * 1024, "blackwell": 227 * 1024}
 TENSOR_MEMORY_LIMIT = 512  # columns; a kernel that wants more is compiled to an empty trap
 
 

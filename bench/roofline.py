@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-# Per multiprocessor and clock, sm_80, sm_90 and sm_100 alike: 4 schedulers of 32 threads, and 16
+# Per multiprocessor and clock, from sm_80 to sm_120 alike: 4 schedulers of 32 threads, and 16
 # results of base-2 exponential (NVIDIA, CUDA C++ Programming Guide, "Arithmetic Instructions").
 ISSUE_PER_CLOCK = 128
 EXP_PER_CLOCK = 16
@@ -37,15 +37,27 @@ def _card(
     return Card(name, architecture, **rates, **sheet)
 
 
-# Looked up on 2026-11-21. Data sheets print the matrix unit's rate with sparsity, twice the dense
-# one. The clock is the one behind the sheet's float32 rate, 2 · cores · clock: 19.5e12 for A100
-# (6912 cores), 67e12 for H100 and H200 (16896), 75e12 for B200 (18944).
+# Looked up on 2026-11-21, GeForce on 2026-11-27. Data sheets print the matrix unit's rate with
+# sparsity, twice the dense one. The clock is the one behind the sheet's float32 rate, 2 · cores ·
+# clock: 19.5e12 for A100 (6912 cores), 67e12 for H100 and H200 (16896), 75e12 for B200 (18944).
 _CARDS = (
     _card(
         *("A100", 80, 108, 1.410e9),
         operations=312e12,
         bytes=2.039e12,
         source="NVIDIA A100 data sheet, 80GB SXM: BF16 312 TFLOPS, 2,039 GB/s",
+    ),
+    _card(
+        *("RTX 3090", 86, 82, 1.695e9),
+        operations=71e12,
+        bytes=0.936e12,
+        source="NVIDIA GA102 whitepaper: BF16 with FP32 accumulate 71 TFLOPS, 936 GB/s",
+    ),
+    _card(
+        *("RTX 4090", 89, 128, 2.520e9),
+        operations=165.2e12,
+        bytes=1.008e12,
+        source="NVIDIA Ada whitepaper: BF16 with FP32 accumulate 165.2 TFLOPS, 1,008 GB/s",
     ),
     _card(
         *("H100", 90, 132, 1.980e9),
@@ -64,6 +76,12 @@ _CARDS = (
         operations=2250e12,
         bytes=8.0e12,
         source="NVIDIA HGX B200 data sheet, one GPU: BF16 4.5 PFLOPS with sparsity, up to 8 TB/s",
+    ),
+    _card(
+        *("RTX 5090", 120, 170, 2.407e9),
+        operations=209.5e12,
+        bytes=1.792e12,
+        source="NVIDIA RTX Blackwell whitepaper: BF16, FP32 accumulate 209.5 TFLOPS, 1,792 GB/s",
     ),
 )
 CARDS = {card.name: card for card in _CARDS}

@@ -1,8 +1,9 @@
 """A CPU runs what a GPU would: the PTX of compiled kernels, thread by thread.
 
-Triton's interpreter runs the kernels' source. This runs what the compiler made of it, for sm_80
-(mma.sync), sm_90 (wgmma) and sm_100 (tcgen05): layouts, swizzles, masks, pipelines and barriers.
-Where hardware may take liberties, this takes all of them:
+Triton's interpreter runs the kernels' source. This runs what the compiler made of it: for sm_80,
+and for sm_86, sm_89 and sm_120, which are like it (mma.sync), sm_90 (wgmma) and sm_100 (tcgen05).
+Layouts, swizzles, masks, pipelines and barriers are what was compiled. Where hardware may take
+liberties, this takes all of them:
 
 - A matrix unit cuts terms off and rounds towards zero (`matrix_unit.py`); exponentials and
   approximate divisions err by as much as PTX allows.

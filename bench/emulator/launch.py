@@ -39,7 +39,7 @@ def emulated(architecture: int) -> Iterator[None]:
 def _run(kernel: JITFunction, args: tuple, kwargs: dict, grid, architecture: int) -> None:
     launch = described(kernel, args, kwargs)
     program, shared_bytes = _compiled(launch, architecture)
-    if shared_bytes > SHARED_LIMIT[architecture]:
+    if shared_bytes > SHARED_LIMIT[FAMILY[architecture]]:
         raise Fault(f"{kernel.__name__} needs more shared memory than there is")
     given = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
     values = [given[name] for name, kind in launch.signature.items() if kind != "constexpr"]

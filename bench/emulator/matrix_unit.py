@@ -20,8 +20,9 @@ from bench.emulator.types import from_16
 if TYPE_CHECKING:
     from bench.emulator.machine import Machine
 
-BLOCK = {80: 8, 90: 16, 100: 16}  # terms that are added up together
-MORE_BITS = {80: 1, 90: 2, 100: 2}
+# Terms that are added up together; of 86, 89 and 120 as of the coarsest of the others.
+BLOCK = {80: 8, 86: 8, 89: 8, 90: 16, 100: 16, 120: 8}
+MORE_BITS = {80: 1, 86: 1, 89: 1, 90: 2, 100: 2, 120: 1}
 SWIZZLE = {90: {1: 128, 2: 64, 3: 32}, 100: {2: 128, 4: 64, 6: 32}}  # code in a descriptor: bytes
 _LANE = np.arange(32)
 _GROUP, _OF_GROUP = _LANE // 4, _LANE % 4

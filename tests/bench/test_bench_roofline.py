@@ -22,7 +22,10 @@ def test_h200():
     assert card.instructions == pytest.approx(33.45e12, rel=1e-3)
     assert card.operations == pytest.approx(132 * 4096 * 1.83e9, rel=1e-3)
     # float32 rates of the data sheets, two operations a clock and core
-    for name, cores, rate in (("A100", 64, 19.5e12), ("H100", 128, 67e12), ("B200", 128, 75e12)):
+    for name, cores, rate in (
+        *(("A100", 64, 19.5e12), ("H100", 128, 67e12), ("B200", 128, 75e12)),
+        *(("RTX 3090", 128, 35.6e12), ("RTX 4090", 128, 82.6e12), ("RTX 5090", 128, 104.8e12)),
+    ):
         clocks = CARDS[name].instructions / roofline.ISSUE_PER_CLOCK
         assert 2 * cores * clocks == pytest.approx(rate, rel=0.01)
 

@@ -21,7 +21,7 @@ compile = pytest.importorskip("bench.compile")
 
 ROOT = Path(__file__).parents[2]
 TABLES = ROOT / "bench" / "results" / "compile"
-MATRIX_UNIT = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+MATRIX_UNIT = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
 # Instructions per (row, code) pair: bf16, D = 64, sm_90. With 128 codes the forward has 10.5,
 # but is slower on an H200: two of its programs run at a time, of this four.
 MOST_INSTRUCTIONS = {"forward": 12.8, "row_gradients": 9.0, "code_sweep": 12.2, "nearest": 3.7}
@@ -36,6 +36,8 @@ SAMPLES = {  # name: arguments, kernels
                *EVERY_GRADIENT], 7),
     "in parts": (["--inputs", "fp32 high", "--dim", "256", "--architecture", "80", "90",
                   "--call", "backward, all", "--kernel", *SOFT[1:]], 8),
+    "consumer": (["--inputs", "bf16", "--dim", "256", "--architecture", "120",
+                  "--call", "forward", "--kernel", "forward"], 2),
 }  # fmt: skip
 VERSION = support._TRITON_VERSION
 for_blackwell = pytest.mark.skipif(
@@ -43,7 +45,8 @@ for_blackwell = pytest.mark.skipif(
     reason="the kernels are not for Blackwell with an older triton",
 )
 triton_3_9 = pytest.mark.skipif(VERSION < (3, 9), reason="older compilers need more instructions")
-ALLOWED = {""} if VERSION >= (3, 9) else {"", "spills", "spills in the loop"}
+SPILLS = {"", "spills", "spills in the loop"}
+ALLOWED = {""} if VERSION >= (3, 9) else SPILLS
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +100,19 @@ def test_instructions_per_pair(sample, kernel):
 
 
 def test_the_committed_tables_are_of_these_tiles():
-    """Every tile that can be chosen has its rows, and none of them a problem."""
+    """Every tile that can be chosen has its rows, and none of them a problem; on consumers' cards,
+    which share A100's tiles, some spill a little.
+    """
     covered = set()
     rows = [row for path in TABLES.glob("triton-3.9.0*.csv") for row in csv.DictReader(path.open())]
     for row in rows:
-        assert not row["problems"], row
+        architecture = int(row["architecture"].removeprefix("sm_"))
+        if architecture in compile.DATA_CENTRE:
+            assert not row["problems"], row
+        else:
+            assert row["problems"] in SPILLS and int(row["spilled_in_loop"]) < 150, row
         if row["rows"]:
-            family = compile.FAMILY[int(row["architecture"].removeprefix("sm_"))]
+            family = compile.FAMILY[architecture]
             operands, dim = operands_of(row), int(row["dim"])
             tile = tiles.shipped(kernel_of(row), operands, dim, family)
             assert (row["rows"], row["codes"], row["warps"]) == tuple(map(str, tile[:3])), row
