@@ -41,9 +41,9 @@ setup(
         "tomli-w",
     ],
     extras_require={
-        "dev": ["pytest", "ruff"],
+        "dev": ["networkx", "pytest", "ruff"],
         "tensorboard": ["tensorboard"],
-        "bench": ["vector-quantize-pytorch", "flash-kmeans", "pykeops"],
+        "bench": ["networkx", "vector-quantize-pytorch", "flash-kmeans", "pykeops"],
     },
     entry_points={"console_scripts": ["softvq = softvq.cli:main"]},
 )

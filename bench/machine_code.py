@@ -1,9 +1,8 @@
 """What a compiled kernel is made of, read from its machine code: no GPU needed.
 
 Instructions per (row, code) pair. The inner loop is the innermost loop of the machine code that
-holds tensor-core instructions: the shortest stretch from a target of a backward branch to that
-branch that contains one. Every instruction in it counts once, whatever its price, predicated or
-not: an iteration issues each of them once per warp. A warp's instruction serves 32 threads, and
+holds tensor-core instructions. Every instruction in it counts once, whatever its price, predicated
+or not: an iteration issues each of them once per warp. A warp's instruction serves 32 threads, and
 an iteration handles rows × codes pairs of the tile, so that
 
     instructions per pair = instructions in the loop · warps · 32 / (rows · codes)
@@ -12,18 +11,21 @@ counts thread instructions. A multiprocessor issues 128 of them per clock, hence
 pair is 1 clock per 128 pairs.
 """
 
+import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import networkx
 from triton import knobs
 from triton.compiler import CompiledKernel
 
 TENSOR_CORE = re.compile(r"\b(UTC\w*MMA|HGMMA|HMMA|IGMMA|QGMMA|DMMA)\b")
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 BRANCH = re.compile(r"\bBRA\S*\s.*?(0x[0-9a-f]+)")
+LEAVES = re.compile(r"BRA\S*\s+0x|EXIT|RET")  # without a condition
 SPILL = re.compile(r"\b(STL|LDL)(?:\.LU)?(?:\.(64|128))?\b")
 # Bytes per block, by whose tiles: A100 has 163 KB, but shares them with consumers' cards.
 SHARED_LIMIT = {"ampere": 99 * 1024, "hopper": 227 * 1024, "blackwell": 227 * 1024}
@@ -79,16 +81,30 @@ def _spilled(instructions: Iterable[str], *kinds: str) -> int:
 
 
 def inner_loop(instructions: list[tuple[int, str]]) -> list[str]:
-    """Instructions of the shortest loop around a tensor-core instruction; [] if there is none."""
-    loops = []
-    for address, text in instructions:
-        branch = BRANCH.search(text)
-        if branch and int(branch[1], 16) < address:
-            start = int(branch[1], 16)
-            body = [t for a, t in instructions if start <= a <= address]
-            if any(map(TENSOR_CORE.search, body)):
-                loops.append(body)
-    return min(loops, key=len, default=[])
+    """Instructions of the smallest loop around a tensor-core instruction; [] if there is none."""
+    texts = dict(instructions)
+    flow = networkx.DiGraph()
+    for (address, text), (following, _) in itertools.pairwise(instructions):
+        if branch := BRANCH.search(text):
+            flow.add_edge(address, int(branch[1], 16))
+        if not LEAVES.match(text):
+            flow.add_edge(address, following)
+    loops = (sorted(loop) for loop in _loops(flow, set(flow)))
+    bodies = ([texts[address] for address in loop] for loop in loops)
+    return min((body for body in bodies if any(map(TENSOR_CORE.search, body))), key=len, default=[])
+
+
+def _loops(flow: networkx.DiGraph, among: set[int]) -> Iterator[set[int]]:
+    """Loops, outer before inner: what comes back to itself, then that without where it is entered.
+
+    Not all that lies between a branch and where it leads back to: what waits in vain for a barrier
+    of sm_100 is put behind the end, and leads back into the middle.
+    """
+    for loop in networkx.strongly_connected_components(flow.subgraph(among)):
+        if len(loop) > 1:
+            yield loop
+            entered = {x for x in loop if not loop.issuperset(flow.predecessors(x))}
+            yield from _loops(flow, loop - (entered or {min(loop)}))  # {}: where all begins
 
 
 def _cuobjdump(*arguments: str) -> str:
