@@ -37,7 +37,9 @@ for_blackwell = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("architecture", ["80", "90", pytest.param("100", marks=for_blackwell)])
+@pytest.mark.parametrize(
+    "architecture", ["80", "120", "90", pytest.param("100", marks=for_blackwell)]
+)
 def test_within_the_bounds_of_the_tests(architecture, tmp_path):
     assert len(emulate(tmp_path, "--quick", "--architecture", architecture)) == 18
 
