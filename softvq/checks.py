@@ -1,7 +1,10 @@
-"""Checks of options: each raises an error that names option, value and what is allowed."""
+"""Checks of options and tensors: each error names which, the value and what is allowed."""
 
 import math
 from collections.abc import Sequence
+
+import torch
+from torch import Tensor
 
 # Of a squared distance, divided by it, float32 keeps something in either direction.
 LEAST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-20, 1e20
@@ -45,6 +48,33 @@ def check_decay(decay: float) -> None:
     """What a running mean keeps of itself. Raises ValueError."""
     if not 0 <= decay < 1:
         raise ValueError(f"decay must be a number from 0 up, below 1, got {decay}")
+
+
+def check_floating(**tensors: object) -> None:
+    """Floating-point tensors. Raises TypeError."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {_kind(value)}")
+
+
+def check_integers(**tensors: object) -> None:
+    """Tensors of whole numbers. Raises TypeError."""
+    for name, value in tensors.items():
+        numbers = isinstance(value, Tensor) and value.dtype != torch.bool
+        if not numbers or value.is_floating_point() or value.is_complex():
+            raise TypeError(f"{name} must be a tensor of integers, got {_kind(value)}")
+
+
+def check_dtype(dtype: torch.dtype, **tensors: object) -> None:
+    """Tensors of this dtype. Raises TypeError."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) or value.dtype != dtype:
+            raise TypeError(f"{name} must be a tensor of {dtype}, got {_kind(value)}")
+
+
+def _kind(value: object) -> str:
+    """What an error calls a tensor, or what is none."""
+    return str(value.dtype) if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:

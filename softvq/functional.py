@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from softvq.checks import check_choice, check_temperatures
+from softvq.checks import check_choice, check_dtype, check_floating, check_temperatures
 from softvq.kernels import autograd, operators, reference, support
 from softvq.kernels.dtypes import accumulation_dtype
 
@@ -169,9 +169,8 @@ def code_sums(
         ValueError: the shapes differ, or, on a CPU, an index lies outside [0, K).
     """
     check_choice("backend", backend, get_args(Backend))
-    _check_floating("z", z)
-    if indices.dtype != torch.int64:
-        raise TypeError(f"indices must be an int64 tensor, got {indices.dtype}")
+    check_floating(z=z)
+    check_dtype(torch.int64, indices=indices)
     if indices.shape != z.shape[:-1]:
         raise ValueError(
             f"indices must have the shape of z without its last dimension, {tuple(z.shape[:-1])}; "
@@ -222,8 +221,7 @@ def _prepare(
     check_choice("backend", backend, get_args(Backend))
     if precision is not None:
         check_choice("precision", precision, get_args(Precision))
-    _check_floating("z", z)
-    _check_floating("codebook", codebook)
+    check_floating(z=z, codebook=codebook)
     if codebook.dim() not in (2, 3):
         raise ValueError(f"codebook must be (K, D) or (H, K, D), got {tuple(codebook.shape)}")
     if 0 in codebook.shape:
@@ -283,11 +281,6 @@ def _temperature_tensor(temperature: float | Tensor, z: Tensor) -> Tensor:
 def _may_read(x: Tensor) -> bool:
     """Reading a GPU tensor would stall the stream, and reading at all would break a graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _check_floating(name: str, x: Tensor) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
 
 
 def _as_rows(output: Tensor, z: Tensor, codebook: Tensor) -> Tensor:

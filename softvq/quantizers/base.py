@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from softvq import losses
-from softvq.checks import check_counts, check_temperatures, check_weights
+from softvq.checks import check_counts, check_floating, check_temperatures, check_weights
 from softvq.distributed.collectives import sum_over_replicas
 from softvq.functional import usage_and_entropy
 from softvq.quantizers.kmeans import kmeans
@@ -276,8 +276,7 @@ class Quantizer(KeepsFloat32):
         return rows.transpose(0, 1)
 
     def _check_input(self, x: Tensor) -> None:
-        if not x.is_floating_point():
-            raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
+        check_floating(x=x)
         if self.accept_image_fmap and x.dim() != 4:
             raise ValueError(f"x must be (B, dim, H, W), got {tuple(x.shape)}")
         axis = -1 if self.channel_last else 1

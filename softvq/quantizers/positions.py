@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from softvq.checks import check_dtype, check_integers
+
 
 def valid_positions(
     shape: torch.Size, device: torch.device, mask: Tensor | None, lens: Tensor | None
@@ -21,8 +23,7 @@ def valid_positions(
     if mask is not None and lens is not None:
         raise ValueError("give mask or lens, not both")
     if lens is not None:
-        if lens.is_floating_point() or lens.dtype == torch.bool:
-            raise TypeError(f"lens must be integers, got {lens.dtype}")
+        check_integers(lens=lens)
         if len(shape) != 2 or lens.shape != shape[:1]:
             raise ValueError(
                 f"lens must be (B,) for positions (B, N) = {tuple(shape)}, got {tuple(lens.shape)}"
@@ -30,8 +31,7 @@ def valid_positions(
         return torch.arange(shape[1], device=device) < lens.to(device)[:, None]
     if mask is None:
         return None
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be bool, got {mask.dtype}")
+    check_dtype(torch.bool, mask=mask)
     if mask.shape != shape:
         raise ValueError(
             f"mask must have the positions' shape {tuple(shape)}, got {tuple(mask.shape)}"

@@ -290,3 +290,5 @@ def test_bad_shapes_are_named(options, shape, message):
         layer(VQ, **options)(torch.zeros(shape))
     with pytest.raises(TypeError, match=r"x must be a floating-point tensor, got torch.int64"):
         layer(VQ)(torch.zeros(2, DIM, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"x must be a floating-point tensor, got a ndarray"):
+        layer(VQ)(torch.zeros(2, DIM).numpy())

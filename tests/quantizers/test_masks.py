@@ -117,13 +117,15 @@ def test_without_a_valid_row_every_parameter_has_a_gradient_of_zero(kind, option
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"mask": torch.ones(2, 3)}, TypeError, "mask must be bool, got torch.float32"),
+        ({"mask": torch.ones(2, 3)}, TypeError, "mask must be .* torch.bool, got torch.float32"),
+        ({"mask": [[True] * 3] * 2}, TypeError, "mask must be .* torch.bool, got a list"),
         (
             {"mask": torch.ones(2, 4, dtype=torch.bool)},
             ValueError,
             r"mask must have the positions' shape \(2, 3\), got \(2, 4\)",
         ),
-        ({"lens": torch.ones(2)}, TypeError, "lens must be integers, got torch.float32"),
+        ({"lens": torch.ones(2)}, TypeError, "lens must be .* of integers, got torch.float32"),
+        ({"lens": [1, 3]}, TypeError, "lens must be a tensor of integers, got a list"),
         ({"lens": torch.ones(3, dtype=torch.int64)}, ValueError, r"lens must be \(B,\) .* \(3,\)"),
         (
             {
@@ -134,7 +136,7 @@ def test_without_a_valid_row_every_parameter_has_a_gradient_of_zero(kind, option
             "give mask or lens, not both",
         ),
     ],
-    ids=["dtype", "shape", "lens dtype", "lens shape", "both"],
+    ids=["dtype", "list", "shape", "lens dtype", "lens list", "lens shape", "both"],
 )
 def test_bad_masks_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
