@@ -25,8 +25,8 @@ from softvq.kernels.nearest import nearest
 DIMS = (16, 32, 64, 128, 256)
 ROWS, CODES = 4096, 1024
 DATA_CENTRE = (80, 90, 100)
-# An architecture's card, whose limits are printed.
-CARD = {80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H200", 100: "B200", 120: "RTX 5090"}
+# Whose limits are printed: the last card of each architecture.
+CARD = {card.architecture: card for card in CARDS.values()}
 # (latents, codebook, precision): all that the kernels tell apart.
 INPUTS = {
     "bf16": (torch.bfloat16, torch.bfloat16, "highest"),
@@ -164,9 +164,10 @@ def _bound(case: Case, per_pair: float | str) -> dict[str, object]:
     kernel = "usage" if case.call == "usage" and case.kernel == "code_sweep" else case.kernel
     parts = case.launch.constants.get("PARTS", 1)
     work = kernel_work(kernel, case.inputs, 2**20, CODES, case.dim, per_pair, parts)
-    limits = times(CARDS[CARD[case.architecture]], work)
+    card = CARD[case.architecture]
+    limits = times(card, work)
     return {
-        "card": CARD[case.architecture],
+        "card": card.name,
         "bound": limits.bound,
         "bound_ms": round(1e3 * max(limits), 2),
     }
@@ -206,7 +207,7 @@ def main(arguments: list[str]) -> int:
         writer.writerows(rows)
     print_table(rows)
     failed = sum(bool(row["problems"]) for row in rows)
-    cards = ", ".join(CARD[architecture] for architecture in options.architecture)
+    cards = ", ".join(CARD[architecture].name for architecture in options.architecture)
     print(f"bound: what would decide 2^20 rows by 1,024 codes on {cards} (data sheets)")
     print(f"\n{len(rows)} kernels, {failed} with problems; written to {out}")
     return 1 if failed else 0

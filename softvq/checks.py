@@ -1,7 +1,7 @@
 """Checks of options and tensors: each error names which, the value and what is allowed."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -52,29 +52,28 @@ def check_decay(decay: float) -> None:
 
 def check_floating(**tensors: object) -> None:
     """Floating-point tensors. Raises TypeError."""
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {_kind(value)}")
+    _check_tensors("a floating-point tensor", lambda x: x.is_floating_point(), tensors)
 
 
 def check_integers(**tensors: object) -> None:
     """Tensors of whole numbers. Raises TypeError."""
-    for name, value in tensors.items():
-        numbers = isinstance(value, Tensor) and value.dtype != torch.bool
-        if not numbers or value.is_floating_point() or value.is_complex():
-            raise TypeError(f"{name} must be a tensor of integers, got {_kind(value)}")
+
+    def fits(x: Tensor) -> bool:
+        return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+    _check_tensors("whole numbers", fits, tensors)
 
 
 def check_dtype(dtype: torch.dtype, **tensors: object) -> None:
     """Tensors of this dtype. Raises TypeError."""
+    _check_tensors(f"a tensor of {dtype}", lambda x: x.dtype == dtype, tensors)
+
+
+def _check_tensors(what: str, fits: Callable[[Tensor], bool], tensors: dict[str, object]) -> None:
     for name, value in tensors.items():
-        if not isinstance(value, Tensor) or value.dtype != dtype:
-            raise TypeError(f"{name} must be a tensor of {dtype}, got {_kind(value)}")
-
-
-def _kind(value: object) -> str:
-    """What an error calls a tensor, or what is none."""
-    return str(value.dtype) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        if not isinstance(value, Tensor) or not fits(value):
+            got = value.dtype if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise TypeError(f"{name} must be {what}, got {got}")
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:

@@ -16,13 +16,13 @@ import numpy as np
 from bench.emulator.memory import POISON, Fault
 from bench.emulator.program import Instruction
 from bench.emulator.types import from_16
+from bench.launches import FAMILY
 
 if TYPE_CHECKING:
     from bench.emulator.machine import Machine
 
-# Terms that are added up together; of 86, 89 and 120 as of the coarsest of the others.
-BLOCK = {80: 8, 86: 8, 89: 8, 90: 16, 100: 16, 120: 8}
-MORE_BITS = {80: 1, 86: 1, 89: 1, 90: 2, 100: 2, 120: 1}
+BLOCK = {"ampere": 8, "hopper": 16, "blackwell": 16}  # terms that are added up together
+MORE_BITS = {"ampere": 1, "hopper": 2, "blackwell": 2}  # of consumers' cards not known: the fewest
 SWIZZLE = {90: {1: 128, 2: 64, 3: 32}, 100: {2: 128, 4: 64, 6: 32}}  # code in a descriptor: bytes
 _LANE = np.arange(32)
 _GROUP, _OF_GROUP = _LANE // 4, _LANE % 4
@@ -31,14 +31,15 @@ _GROUP, _OF_GROUP = _LANE // 4, _LANE % 4
 def multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray, architecture: int) -> np.ndarray:
     """a (…, M, K) times b (…, N, K), plus c (…, M, N) float32, as this matrix unit rounds it."""
     a, b, total = a.astype(np.float64), b.astype(np.float64), c.astype(np.float64)
-    step = BLOCK[architecture]
+    family = FAMILY[architecture]
+    step = BLOCK[family]
     for k in range(0, a.shape[-1], step):
         # (…, M, N, step + 1)
         terms = a[..., :, None, k : k + step] * b[..., None, :, k : k + step]
         terms = np.concatenate([terms, total[..., None]], -1)
         largest = np.abs(terms).max(-1, keepdims=True)
         _, exponent = np.frexp(largest)
-        unit = np.ldexp(1.0, exponent - 24 - MORE_BITS[architecture])
+        unit = np.ldexp(1.0, exponent - 24 - MORE_BITS[family])
         # What is not finite stays so.
         total = np.where(np.isfinite(largest), np.trunc(terms / unit) * unit, terms).sum(-1)
         rounded = total.astype(np.float32)

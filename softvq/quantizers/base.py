@@ -7,7 +7,13 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from softvq import losses
-from softvq.checks import check_counts, check_floating, check_temperatures, check_weights
+from softvq.checks import (
+    check_counts,
+    check_floating,
+    check_integers,
+    check_temperatures,
+    check_weights,
+)
 from softvq.distributed.collectives import sum_over_replicas
 from softvq.functional import usage_and_entropy
 from softvq.quantizers.kmeans import kmeans
@@ -237,8 +243,7 @@ class Quantizer(KeepsFloat32):
             ValueError: indices that do not end in an axis of the heads.
             IndexError: an index from K up.
         """
-        if indices.is_floating_point() or indices.dtype == torch.bool:
-            raise TypeError(f"indices must be whole numbers, got {indices.dtype}")
+        check_integers(indices=indices)
         if self.heads > 1 and indices.shape[-1:] != (self.heads,):
             raise ValueError(
                 f"indices must be (..., heads) with heads = {self.heads}, "
