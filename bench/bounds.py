@@ -52,6 +52,12 @@ def errors_over_draws(
         given = draw() if dtype is None else draw().to(dtype)
         plain_inputs, true_inputs = given.to(torch.float32), given.to(torch.float64)
         plain, truth = forward(plain_inputs, matmul), forward(true_inputs)
+        if given.z.dtype != given.codebook.dtype:
+            # What the scores decide; in them, the codes are in two parts of the latents' dtype.
+            high = plain_inputs.codebook.to(given.z.dtype)
+            low = (plain_inputs.codebook - high).to(given.z.dtype)
+            exact = forward(plain_inputs._replace(codebook=high.float() + low.float()))
+            plain |= {name: x for name, x in exact.items() if name != "quantized"}
         incoming = {name: torch.randn_like(plain[name]) for name in names}
         incoming = {name: x.to(given.z.dtype) for name, x in incoming.items()}
 
@@ -79,6 +85,13 @@ def check(backend: ModuleType, draw: Callable[[], Problem], *args, **options) ->
     """Outputs within 2× and gradients within 3× plain float32 PyTorch's own error, over draws."""
     for name, error in errors_over_draws(backend, draw, *args, **options).items():
         error.assert_no_worse(factor(name), name)
+
+
+def far_code(factor: float, device="cpu") -> Problem:
+    """One code is `factor` times as far from the origin as the others; no latent is near it."""
+    problem = make(1, 67, 130, 16, device=device)
+    problem.codebook[0, 5] *= factor
+    return problem
 
 
 def near_ties() -> Problem:

@@ -20,7 +20,7 @@ class Arithmetic(NamedTuple):
     split_latents: bool  # z enters the scores as a high and a low part
     split_codebook: bool  # and the codes likewise
     split_all: bool  # and so does every operand of every other product
-    centre: bool  # subtract the codebook's mean first
+    centre: bool  # subtract a point among the codes first
 
     @property
     def operands(self) -> Operands:

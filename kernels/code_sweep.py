@@ -113,7 +113,7 @@ def _code_sweep_kernel(
     high_pointer,
     low_pointer,
     half_norm_pointer,
-    mean_pointer,
+    centre_pointer,
     scale_pointer,
     temperature_pointer,
     row_state_pointer,
@@ -157,8 +157,8 @@ def _code_sweep_kernel(
     half_norm_pointer += head * padded_codes
     if low_pointer is not None:
         low_pointer += head * padded_codes * PAD
-    if mean_pointer is not None:
-        mean_pointer += head * PAD
+    if centre_pointer is not None:
+        centre_pointer += head * PAD
     if scale_pointer is not None:
         unit = tl.load(scale_pointer + head)
     scale = 2.0 * LOG2_E * inverse_temperature * unit * unit
@@ -201,7 +201,7 @@ def _code_sweep_kernel(
         rows_left = ROWS if WHOLE_TILES else rows
         # of each part [ROWS, WIDTH]
         z_high, z_low, z_scale, _ = load_operand(
-            *(z_pointer + first_row * row_stride, row_stride, rows_left, mean_pointer),
+            *(z_pointer + first_row * row_stride, row_stride, rows_left, centre_pointer),
             *(SPLIT_LATENTS, OPERAND, ROWS, DIM, PAD, PARTS),
         )
         # [ROWS]; where nothing counts every weight is 0, and finite the score it is multiplied with

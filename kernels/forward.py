@@ -10,7 +10,7 @@ from torch import Tensor
 from softvq.kernels import tiles
 from softvq.kernels.arithmetic import Arithmetic
 from softvq.kernels.lanes import best_quad, lane_order, lane_sum, nearest_of_quad
-from softvq.kernels.memory import load_mean, store_rows, tile_start
+from softvq.kernels.memory import load_centre, store_rows, tile_start
 from softvq.kernels.operands import load_codes, load_operand, score_product
 from softvq.kernels.primitives import (
     LN_2,
@@ -78,7 +78,7 @@ def _forward_kernel(
     high_pointer,
     low_pointer,
     half_norm_pointer,
-    mean_pointer,
+    centre_pointer,
     scale_pointer,
     temperature_pointer,
     quantized_pointer,
@@ -117,8 +117,8 @@ def _forward_kernel(
     half_norm_pointer += head * padded_codes
     if low_pointer is not None:
         low_pointer += head * padded_codes * PAD
-    if mean_pointer is not None:
-        mean_pointer += head * PAD
+    if centre_pointer is not None:
+        centre_pointer += head * PAD
     if scale_pointer is not None:
         unit = tl.load(scale_pointer + head)
     scale = 2.0 * LOG2_E * inverse_temperature * unit * unit
@@ -126,7 +126,7 @@ def _forward_kernel(
     # of each part [ROWS, WIDTH]
     z_pointer += head * head_stride + start * row_stride
     z_high, z_low, z_scale, _ = load_operand(
-        *(z_pointer, row_stride, rows_left, mean_pointer),
+        *(z_pointer, row_stride, rows_left, centre_pointer),
         *(SPLIT_LATENTS, OPERAND, ROWS, DIM, PAD, PARTS),
     )
     best = tl.full([ROWS], LOWEST, tl.float32)
@@ -184,8 +184,8 @@ def _forward_kernel(
         quantized = sums / total[:, None]
         if OPERAND == tl.float16:
             quantized *= unit / WEIGHT_SCALE
-        if mean_pointer is not None:
-            quantized += load_mean(mean_pointer + FIRST, WIDTH, LAST=True)
+        if centre_pointer is not None:
+            quantized += load_centre(centre_pointer + FIRST, WIDTH, LAST=True)
         store_rows(
             quantized_pointer + row * DIM + FIRST,
             DIM,
@@ -200,7 +200,7 @@ def _forward_kernel(
     if indices_pointer is not None:
         index, squared_distance = nearest_of_quad(
             *(z_pointer, row_stride, rows_left, lane_best, best_block),
-            *(high_pointer, low_pointer, mean_pointer, unit, codes, DIM, PAD),
+            *(high_pointer, low_pointer, centre_pointer, unit, codes, DIM, PAD),
         )
         log_total = tl.log2(total)
         # The best score is the nearest code's.

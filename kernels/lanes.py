@@ -49,7 +49,7 @@ def nearest_of_quad(
     block: tl.tensor,
     high_pointer: tl.tensor,
     low_pointer: tl.tensor | None,
-    mean_pointer: tl.tensor | None,
+    centre_pointer: tl.tensor | None,
     unit: tl.tensor,
     codes: tl.tensor,
     DIM: tl.constexpr,
@@ -68,7 +68,7 @@ def nearest_of_quad(
     index = quad[:, None] + tl.arange(0, 4)[None, :]
     distances = squared_distances(
         *(z_pointer, row_stride, rows_left, index),
-        *(high_pointer, low_pointer, mean_pointer, unit, DIM, PAD),
+        *(high_pointer, low_pointer, centre_pointer, unit, DIM, PAD),
     )
     # Padding is no code, however near.
     distances = tl.where(index < codes, distances, float("inf"))

@@ -93,11 +93,11 @@ def load_columns(
     offsets: tl.tensor,
     rows_left: tl.tensor,
     first: tl.tensor,
-    mean_pointer: tl.tensor | None,
+    centre_pointer: tl.tensor | None,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> tl.tensor:
-    """x − mean in columns first … first + WIDTH − 1 of the rows that begin at `offsets` [ROWS, 1].
+    """x − centre in columns first … first + WIDTH − 1 of the rows that begin at `offsets`.
 
     In float32; x is zero past `rows_left` and past DIM. For sums over a row that must not hold all
     of it in registers.
@@ -107,8 +107,8 @@ def load_columns(
     columns = (first + tl.arange(0, WIDTH))[None, :]
     mask = (rows < rows_left) & (columns < DIM)
     x = tl.load(pointer + offsets + columns, mask=mask, other=0.0).to(tl.float32)
-    if mean_pointer is not None:
-        x -= tl.load(mean_pointer + columns)
+    if centre_pointer is not None:
+        x -= tl.load(centre_pointer + columns)
     return x
 
 
@@ -118,27 +118,27 @@ def row_dots(
     a_stride: tl.tensor,
     b_pointer: tl.tensor,
     b_stride: tl.tensor,
-    mean_pointer: tl.tensor | None,
+    centre_pointer: tl.tensor | None,
     rows_left: tl.tensor,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
     PAD: tl.constexpr,
 ) -> tl.tensor:
-    """Σ_d a·(b − mean) of each row, [ROWS], in float32."""
+    """Σ_d a·(b − centre) of each row, [ROWS], in float32."""
     WIDTH: tl.constexpr = min(PAD, 64)
     dots = tl.zeros([ROWS], tl.float32)
     rows = tl.arange(0, ROWS).to(tl.int64)[:, None]
     for first in range(0, PAD, WIDTH):
         # [ROWS, WIDTH]
         a = load_columns(a_pointer, rows * a_stride, rows_left, first, None, DIM, WIDTH)
-        b = load_columns(b_pointer, rows * b_stride, rows_left, first, mean_pointer, DIM, WIDTH)
+        b = load_columns(b_pointer, rows * b_stride, rows_left, first, centre_pointer, DIM, WIDTH)
         dots += tl.sum(a * b, 1)
     return dots
 
 
 @triton.jit
-def load_mean(pointer: tl.tensor, PAD: tl.constexpr, LAST: tl.constexpr = False) -> tl.tensor:
-    """The codebook's mean, [1, PAD]. LAST as in `load_rows`: nobody holds it meanwhile."""
+def load_centre(pointer: tl.tensor, PAD: tl.constexpr, LAST: tl.constexpr = False) -> tl.tensor:
+    """The codebook's centre, [1, PAD]. LAST as in `load_rows`: nobody holds it meanwhile."""
     policy: tl.constexpr = "evict_first" if LAST else ""
     return tl.load(pointer + tl.arange(0, PAD), eviction_policy=policy)[None, :]
 
@@ -151,7 +151,7 @@ def squared_distances(
     index: tl.tensor,
     high_pointer: tl.tensor,
     low_pointer: tl.tensor | None,
-    mean_pointer: tl.tensor | None,
+    centre_pointer: tl.tensor | None,
     unit: tl.tensor,
     DIM: tl.constexpr,
     PAD: tl.constexpr,
@@ -168,7 +168,7 @@ def squared_distances(
     distances = tl.zeros(index.shape, tl.float32)
     for first in range(0, PAD, WIDTH):
         # [ROWS, WIDTH]
-        z = load_columns(z_pointer, offsets, rows_left, first, mean_pointer, DIM, WIDTH)
+        z = load_columns(z_pointer, offsets, rows_left, first, centre_pointer, DIM, WIDTH)
         # [ROWS, some, WIDTH]
         columns = (first + tl.arange(0, WIDTH))[None, None, :]
         code = tl.load(high_pointer + index[:, :, None] * PAD + columns).to(tl.float32)
@@ -192,7 +192,7 @@ def store_with_terms(
     b_factor: tl.tensor,
     b_pointer: tl.tensor | None,
     b_stride: tl.tensor,
-    mean_pointer: tl.tensor | None,
+    centre_pointer: tl.tensor | None,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
     PAD: tl.constexpr,
@@ -200,8 +200,9 @@ def store_with_terms(
     WITH_B: tl.constexpr,
     ADD: tl.constexpr = False,
 ) -> None:
-    """`store_rows`, or with ADD `add_rows`, of x + a_factor·(a − mean) + b_factor·(b − mean), each
-    term only if it is WITH: matrices like x, a and b in memory; the factors [ROWS].
+    """`store_rows`, or with ADD `add_rows`, of x + a_factor·(a − centre) + b_factor·(b − centre).
+
+    Each term only if it is WITH: matrices like x, a and b in memory; the factors [ROWS].
 
     Half the columns after the other, and one matrix: there are no registers for all at a time.
     """
@@ -210,18 +211,18 @@ def store_with_terms(
         left, right = x.reshape(ROWS, 2, HALF).permute(0, 2, 1).split()
         store_with_terms(
             *(pointer, stride, repeated, rows_left, left, a_factor, a_pointer, a_stride),
-            *(b_factor, b_pointer, b_stride, mean_pointer, ROWS, DIM, HALF, WITH_A, WITH_B, ADD),
+            *(b_factor, b_pointer, b_stride, centre_pointer, ROWS, DIM, HALF, WITH_A, WITH_B, ADD),
         )
         tl.debug_barrier()
         if WITH_A:
             a_pointer += HALF
         if WITH_B:
             b_pointer += HALF
-        if mean_pointer is not None:
-            mean_pointer += HALF
+        if centre_pointer is not None:
+            centre_pointer += HALF
         store_with_terms(
             *(pointer + HALF, stride, repeated, rows_left, right, a_factor, a_pointer),
-            *(a_stride, b_factor, b_pointer, b_stride, mean_pointer),
+            *(a_stride, b_factor, b_pointer, b_stride, centre_pointer),
             *(ROWS, DIM - HALF, HALF, WITH_A, WITH_B, ADD),
         )
     else:
@@ -229,15 +230,15 @@ def store_with_terms(
             # [ROWS, PAD]
             a = load_rows(a_pointer, a_stride, rows_left, ROWS, DIM, PAD, LAST=True)
             a = a.to(tl.float32)
-            if mean_pointer is not None:
-                a -= load_mean(mean_pointer, PAD, LAST=True)
+            if centre_pointer is not None:
+                a -= load_centre(centre_pointer, PAD, LAST=True)
             x += a_factor[:, None] * a
         if WITH_B:
             tl.debug_barrier()
             b = load_rows(b_pointer, b_stride, rows_left, ROWS, DIM, PAD, LAST=True)
             b = b.to(tl.float32)
-            if mean_pointer is not None:
-                b -= load_mean(mean_pointer, PAD, LAST=True)
+            if centre_pointer is not None:
+                b -= load_centre(centre_pointer, PAD, LAST=True)
             x += b_factor[:, None] * b
         if ADD:
             add_rows(pointer, stride, x, ROWS, PAD)

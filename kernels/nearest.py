@@ -27,8 +27,8 @@ def nearest(z: Tensor, codebook: Tensor, precision: Precision = "highest") -> Te
     """Index of the nearest code, (H, N) int64; the lowest index wins a tie.
 
     z (H, N, D) and codebook (H, K, D): float32, bfloat16 or float16, any strides, D ≤ 256. When
-    both are 16 bits their products are exact as they are; otherwise "highest" and "high" give the
-    accuracy of float32 and "medium" rounds both to float16.
+    both are 16 bits their products are exact as they are, of elements down to 2^-16 of the largest;
+    otherwise "highest" and "high" give the accuracy of float32 and "medium" rounds both to float16.
     """
     heads, rows, dim = z.shape
     if z.stride(2) != 1:
@@ -67,7 +67,7 @@ def _nearest_kernel(
     high_pointer,
     low_pointer,
     half_norm_pointer,
-    mean_pointer,
+    centre_pointer,
     scale_pointer,
     indices_pointer,
     head_stride,
@@ -92,14 +92,14 @@ def _nearest_kernel(
     half_norm_pointer += head * padded_codes
     if low_pointer is not None:
         low_pointer += head * padded_codes * PAD
-    if mean_pointer is not None:
-        mean_pointer += head * PAD
+    if centre_pointer is not None:
+        centre_pointer += head * PAD
     unit = tl.load(scale_pointer + head)
 
     # [ROWS, PAD]
     z_pointer += head * head_stride + start * row_stride
     z_high, z_low, z_scale, _ = load_operand(
-        *(z_pointer, row_stride, rows_left, mean_pointer),
+        *(z_pointer, row_stride, rows_left, centre_pointer),
         *(SPLIT, tl.float16, ROWS, DIM, PAD, 1),
     )
 
@@ -123,7 +123,7 @@ def _nearest_kernel(
 
     index, _ = nearest_of_quad(
         *(z_pointer, row_stride, rows_left, best, best_block),
-        *(high_pointer, low_pointer, mean_pointer, unit, codes, DIM, PAD),
+        *(high_pointer, low_pointer, centre_pointer, unit, codes, DIM, PAD),
     )
     offsets = tl.arange(0, ROWS)
     mask = (offsets >= repeated) & (offsets < rows_left)

@@ -10,7 +10,7 @@ addresses of so many tiles would fill the registers.
 import triton
 import triton.language as tl
 
-from softvq.kernels.memory import load_columns, load_mean, load_rows
+from softvq.kernels.memory import load_centre, load_columns, load_rows
 from softvq.kernels.primitives import as_operand, dot, scale_of
 
 
@@ -45,7 +45,7 @@ def load_operand(
     pointer: tl.tensor,
     stride: tl.tensor,
     rows_left: tl.tensor,
-    mean_pointer: tl.tensor | None,
+    centre_pointer: tl.tensor | None,
     SPLIT: tl.constexpr,
     DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -53,22 +53,22 @@ def load_operand(
     PAD: tl.constexpr,
     PARTS: tl.constexpr,
 ) -> tuple[tl.tuple, tl.tuple, tl.tensor, tl.tensor]:
-    """Rows, as `load_rows` finds them, ready to be multiplied: x − mean = scale · (high + low).
+    """Rows, as `load_rows` finds them, ready to be multiplied: x − centre = scale · (high + low).
 
     high and low, part by part, are of DTYPE, and `low` repeats `high` unless SPLIT. scale [ROWS] is
-    a power of two for float16, and 1 for bfloat16, which needs none. Last comes Σ|x − mean| [ROWS].
+    a power of two for float16, and 1 for bfloat16, which needs none. Last, Σ|x − centre| [ROWS].
     """
     WIDTH: tl.constexpr = PAD // PARTS
     # There are no registers for many rows in all their parts at a time.
     TWICE: tl.constexpr = PARTS > 1 and ROWS > 32
     if TWICE:
-        largest, total = row_sizes(pointer, stride, rows_left, mean_pointer, ROWS, DIM, PAD)
+        largest, total = row_sizes(pointer, stride, rows_left, centre_pointer, ROWS, DIM, PAD)
     whole, high, low = (), (), ()
     for part in tl.static_range(PARTS):
         # [ROWS, WIDTH]
         x = load_rows(pointer + part * WIDTH, stride, rows_left, ROWS, DIM - part * WIDTH, WIDTH)
-        if mean_pointer is not None:
-            x = x.to(tl.float32) - load_mean(mean_pointer + part * WIDTH, WIDTH)
+        if centre_pointer is not None:
+            x = x.to(tl.float32) - load_centre(centre_pointer + part * WIDTH, WIDTH)
         if DTYPE == tl.float16:
             x = x.to(tl.float32)
         whole += (x,)
@@ -101,19 +101,19 @@ def row_sizes(
     pointer: tl.tensor,
     stride: tl.tensor,
     rows_left: tl.tensor,
-    mean_pointer: tl.tensor | None,
+    centre_pointer: tl.tensor | None,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
     PAD: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The largest |x − mean| of each row, and their sum, [ROWS]."""
+    """The largest |x − centre| of each row, and their sum, [ROWS]."""
     WIDTH: tl.constexpr = min(PAD, 32)
     largest = tl.zeros([ROWS], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     offsets = tl.arange(0, ROWS).to(tl.int64)[:, None] * stride
     for first in range(0, PAD, WIDTH):
         # [ROWS, WIDTH]
-        size = tl.abs(load_columns(pointer, offsets, rows_left, first, mean_pointer, DIM, WIDTH))
+        size = tl.abs(load_columns(pointer, offsets, rows_left, first, centre_pointer, DIM, WIDTH))
         largest = tl.maximum(largest, tl.max(size, 1))
         total += tl.sum(size, 1)
     return largest, total

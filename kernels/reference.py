@@ -10,23 +10,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from softvq.kernels.centre import centre_of
 from softvq.kernels.dtypes import accumulation_dtype
 
 
 class Centred(NamedTuple):
-    """Both inputs moved by the codebook's mean, in the accumulation dtype."""
+    """Both inputs moved by the codebook's centre, in the accumulation dtype."""
 
     z: Tensor  # (H, N, D)
     codebook: Tensor  # (H, K, D)
-    mean: Tensor  # (H, 1, D)
+    origin: Tensor  # (H, 1, D)
 
 
 def centre(z: Tensor, codebook: Tensor) -> Centred:
-    """Subtract the codebook's mean from latents and codes; no distance changes."""
+    """Subtract a point among the codes from latents and codes; no distance changes."""
     dtype = accumulation_dtype(z, codebook)
     z, codebook = z.to(dtype), codebook.to(dtype)
-    mean = codebook.mean(1, keepdim=True)
-    return Centred(z - mean, codebook - mean, mean)
+    origin = centre_of(codebook)
+    return Centred(z - origin, codebook - origin, origin)
 
 
 def scores(z: Tensor, codebook: Tensor, temperature: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def _row_gradients_kernel(
     high_pointer,
     low_pointer,
     half_norm_pointer,
-    mean_pointer,
+    centre_pointer,
     scale_pointer,
     temperature_pointer,
     quantized_pointer,
@@ -155,8 +155,8 @@ def _row_gradients_kernel(
     half_norm_pointer += head * padded_codes
     if low_pointer is not None:
         low_pointer += head * padded_codes * PAD
-    if mean_pointer is not None:
-        mean_pointer += head * PAD
+    if centre_pointer is not None:
+        centre_pointer += head * PAD
     if scale_pointer is not None:
         unit = tl.load(scale_pointer + head)
     if code_gradient_pointer is not None:
@@ -170,7 +170,7 @@ def _row_gradients_kernel(
     # of each part [ROWS, WIDTH]
     z_pointer += head * head_stride + start * row_stride
     z_high, z_low, z_scale, _ = load_operand(
-        *(z_pointer, row_stride, rows_left, mean_pointer),
+        *(z_pointer, row_stride, rows_left, centre_pointer),
         *(SPLIT_LATENTS, OPERAND, ROWS, DIM, PAD, PARTS),
     )
     quantized_pointer += (head * rows + start) * DIM
@@ -184,7 +184,7 @@ def _row_gradients_kernel(
     if grad_quantized_pointer is not None:
         grad_quantized_pointer += head * grad_head_stride + start * grad_row_stride
         delta = row_dots(
-            *(grad_quantized_pointer, grad_row_stride, quantized_pointer, DIM, mean_pointer),
+            *(grad_quantized_pointer, grad_row_stride, quantized_pointer, DIM, centre_pointer),
             *(rows_left, ROWS, DIM, PAD),
         )
         # of each part [ROWS, WIDTH]
@@ -275,7 +275,7 @@ def _row_gradients_kernel(
             # [ROWS, 1]
             distance = squared_distances(
                 *(z_pointer, row_stride, rows_left, index[:, None]),
-                *(high_pointer, low_pointer, mean_pointer, unit, DIM, PAD),
+                *(high_pointer, low_pointer, centre_pointer, unit, DIM, PAD),
             )
             nearest_score = -inverse_temperature * tl.sum(distance, 1)
             change += grad_log_partition * (nearest_score + LN_2 * mean_score)
@@ -290,11 +290,11 @@ def _row_gradients_kernel(
         if LOG_PARTITION_MOVES_Z:
             along_z = -2.0 * inverse_temperature * grad_log_partition
             along_quantized -= along_z
-        if mean_pointer is not None:
-            mean_pointer += FIRST
+        if centre_pointer is not None:
+            centre_pointer += FIRST
         store_with_terms(
             *(grad_z_pointer + (head * rows + start) * DIM + FIRST, DIM, repeated, rows_left),
             *(pull * factor[:, None], along_quantized, quantized_pointer + FIRST, DIM),
-            *(along_z, z_pointer + FIRST, row_stride, mean_pointer),
+            *(along_z, z_pointer + FIRST, row_stride, centre_pointer),
             *(ROWS, DIM - FIRST, WIDTH, True, LOG_PARTITION_MOVES_Z),
         )

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from softvq.kernels.centre import centre_of
 from softvq.kernels.dtypes import accumulation_dtype
 
-BLOCK_ELEMENTS = 2**22  # rows × codes in one buffer: 16 MB of float32
+BLOCK_ELEMENTS = 2**20  # rows × codes in one buffer: 4 MB of float32
 MIN_ROWS, MAX_ROWS = 32, 2048
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
@@ -28,14 +29,15 @@ class BlockSoftmax:
     """Softmax of blocks of latents over one centred codebook, in buffers that are reused.
 
     After `run`, all in base 2 and relative to the row's best code:
-    ``scores`` (R, K) ≤ 0, ``weights`` = 2^scores, ``total`` (R, 1) = Σ_k weights, ``indices`` (R,).
+    ``scores`` (R, K) ≤ 0, ``weights`` = 2^scores, ``total`` (R, 1) = Σ_k weights.
     """
 
     def __init__(self, codebook: Tensor, dtype: torch.dtype, temperature: Tensor, rows: int):
         codebook = codebook.to(dtype)
-        self.mean = codebook.mean(0)
-        self.codebook = codebook - self.mean
-        self.bias = -0.5 * self.codebook.square().sum(1)
+        self.centre = centre_of(codebook)  # (1, D)
+        self.codebook = codebook - self.centre
+        # [c, −½‖c‖²], to be multiplied with [z, 1]: adding a bias would be a pass of its own.
+        self.affine = torch.cat([self.codebook, -0.5 * self.codebook.square().sum(1, True)], 1)
         self.temperature = temperature
         # Products of a weight and a gradient must not become denormal either.
         self.floor = math.log2(torch.finfo(dtype).tiny) + 26
@@ -43,27 +45,31 @@ class BlockSoftmax:
         self._stacked = codebook.new_empty(2 * rows, len(codebook))
         self._scores = codebook.new_empty(rows, len(codebook))
 
-    def match(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores z·c − ½‖c‖² of centred latents (R, D), kept; their row maximum and its index."""
+    def match(self, latents: Tensor) -> None:
+        """Scores z·c − ½‖c‖² of centred latents (R, D)."""
         self.rows = len(latents)
         self.scores = self._scores[: self.rows]
-        torch.addmm(self.bias, latents, self.codebook.T, out=self.scores)
-        return row_max(self.scores)
+        torch.mm(pad(latents, (0, 1), value=1), self.affine.T, out=self.scores)
 
     def run(self, latents: Tensor) -> None:
-        """Scores, nearest indices, unnormalised weights and their sums of latents (R, D)."""
-        best, self.indices = self.match(latents)
-        self.scores.sub_(best[:, None]).mul_(2 * LOG2_E / self.temperature).clamp_(min=self.floor)
+        """Scores, unnormalised weights and their sums of centred latents (R, D)."""
+        self.match(latents)
+        best = self.scores.amax(1, keepdim=True)
+        self.scores.sub_(best).mul_(2 * LOG2_E / self.temperature).clamp_(min=self.floor)
         self.weights = torch.exp2(self.scores, out=self._stacked[: self.rows])
         self.total = self.weights.sum(1, keepdim=True)
+
+    def indices(self) -> Tensor:
+        """Of the nearest codes, (R,), after `match` or `run`."""
+        return first_maximum(self.scores)
 
     def probabilities(self) -> Tensor:
         """Assignment probabilities (R, K), in place of the weights."""
         return self.weights.div_(self.total)
 
-    def best_score(self, latents: Tensor) -> Tensor:
-        """−‖z−c‖²/T of the nearest code, (R,): from the difference, ‖z‖² − 2z·c + ‖c‖² cancels."""
-        distance = (latents - self.codebook[self.indices]).square_().sum(1)
+    def score_at(self, indices: Tensor, latents: Tensor) -> Tensor:
+        """−‖z−c‖²/T of one code a row, (R,): from the difference, ‖z‖² − 2z·c + ‖c‖² cancels."""
+        distance = (latents - self.codebook[indices]).square_().sum(1)
         return -distance / self.temperature
 
     def mean_score(self, probabilities: Tensor) -> Tensor:
@@ -79,18 +85,17 @@ class BlockSoftmax:
         return self._stacked[: 2 * self.rows]
 
 
-def row_max(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum of each row of (R, K) and the first index that reaches it."""
+def first_maximum(scores: Tensor) -> Tensor:
+    """The first index of the maximum of each row of (R, K)."""
     rows, codes = scores.shape
-    width = math.gcd(codes, 64)
-    if width < 16 or codes == width:
-        best = scores.max(1)
-        return best.values, best.indices
-    # `max` with indices is slow, `amax` is not: find the group first, then look inside it.
+    width = max((w for w in range(32, 101, 4) if codes % w == 0), default=codes)
+    if width == codes:
+        return scores.argmax(1)
+    # `argmax` is slow, `amax` is not: find the group first, then look inside it.
     groups = scores.view(rows, codes // width, width)
     group = groups.amax(2).argmax(1)
-    best = groups[torch.arange(rows, device=scores.device), group].max(1)
-    return best.values, group * width + best.indices
+    within = groups[torch.arange(rows, device=scores.device), group].argmax(1)
+    return group * width + within
 
 
 def rows_per_block(rows: int, codes: int) -> int:
@@ -124,14 +129,14 @@ def soft_forward(
     for h in range(heads):
         softmax = BlockSoftmax(codebook[h], dtype, temperature, rows_per_block(rows, codes))
         for block in blocks(rows, codes):
-            latents = z[h, block].to(dtype) - softmax.mean
+            latents = z[h, block].to(dtype) - softmax.centre
             softmax.run(latents)
             total = softmax.total[:, 0]
-            quantized[h, block] = (
-                softmax.weights @ softmax.codebook
-            ) / softmax.total + softmax.mean
-            indices[h, block] = softmax.indices
-            log_partition[h, block] = softmax.best_score(latents) + total.log()
+            best = softmax.indices()
+            mean = softmax.weights @ softmax.codebook / softmax.total
+            quantized[h, block] = mean + softmax.centre
+            indices[h, block] = best
+            log_partition[h, block] = softmax.score_at(best, latents) + total.log()
             entropy[h, block] = total.log() - softmax.mean_score(softmax.weights) / total
     return quantized, indices, log_partition, entropy, None
 
@@ -172,14 +177,15 @@ def soft_backward(
 
     for h in range(heads):
         softmax = BlockSoftmax(codebook[h], dtype, temperature, rows_per_block(rows, codes))
-        usage_bias = softmax.bias.new_zeros(codes)
+        usage_bias = softmax.centre.new_zeros(codes)
         if grad_usage is not None:
             usage_bias = grad_usage[h].to(dtype) / rows
-        # Σ_n p_nk g_n + (2/T) Σ_n e_nk z_n, and (2/T) Σ_n e_nk in the last column.
-        sums = softmax.bias.new_zeros(codes, dim + 1)
+        # Σ_n p_nk g_n + (2/T) Σ_n e_nk z_n, transposed, and Σ_n e_nk
+        sums = softmax.centre.new_zeros(dim, codes)
+        column = softmax.centre.new_zeros(codes)
 
         for block in blocks(rows, codes):
-            latents = z[h, block].to(dtype) - softmax.mean
+            latents = z[h, block].to(dtype) - softmax.centre
             g = None if grad_quantized is None else grad_quantized[h, block].to(dtype)
             lam = None if grad_log_partition is None else grad_log_partition[h, block, None]
             eta = None if grad_entropy is None else grad_entropy[h, block, None]
@@ -189,14 +195,16 @@ def soft_backward(
             if g is None:
                 e.copy_(usage_bias)
             else:
-                torch.addmm(usage_bias, g, softmax.codebook.T, out=e)
+                beta = 0 if grad_usage is None else 1  # 0 saves the pass that would fill e
+                torch.addmm(usage_bias, g, softmax.codebook.T, beta=beta, out=e)
             if eta is not None:
                 e.addcmul_(softmax.scores, eta, value=-LN_2)
             e.sub_(torch.linalg.vecdot(p, e)[:, None]).mul_(p)
             if needs_temperature:
                 row = softmax.mean_score(e)
                 if lam is not None:
-                    row += lam[:, 0] * (softmax.best_score(latents) + softmax.mean_score(p))
+                    best_score = softmax.score_at(softmax.indices(), latents)
+                    row += lam[:, 0] * (best_score + softmax.mean_score(p))
                 grad_temperature -= row.sum() / temperature
             if lam is not None and not detach_log_partition:
                 e.addcmul_(p, lam)
@@ -208,15 +216,15 @@ def soft_backward(
             if lam is not None and detach_log_partition:
                 e.addcmul_(p, lam)
             if needs_codebook:
-                right = pad(latents, (0, 1), value=1) * two_over_t
+                right = latents.mul_(two_over_t)
+                column += e.sum(0)
                 if g is None:
-                    sums.addmm_(e.T, right)
+                    sums.addmm_(right.T, e)
                 else:
-                    right = torch.cat([pad(g, (0, 1)), right])
-                    sums.addmm_(softmax.weights_and_gradients().T, right)
+                    sums.addmm_(torch.cat([g, right]).T, softmax.weights_and_gradients())
 
         if needs_codebook:
-            grad_codebook[h] = sums[:, :dim] - sums[:, dim:] * softmax.codebook
+            grad_codebook[h] = sums.T - two_over_t * column[:, None] * softmax.codebook
     return grad_z, grad_codebook, grad_temperature
 
 
@@ -235,13 +243,14 @@ def probability_sums(
     temperature = temperature.to(dtype)
     if values is None:
         values = z.new_ones((), dtype=dtype).expand(heads, rows, 1)
-    sums = z.new_zeros((heads, codes, values.shape[2]), dtype=dtype)
+    # Transposed: a matrix product of a transposed block of weights is up to twice as slow.
+    sums = z.new_zeros((heads, values.shape[2], codes), dtype=dtype)
     for h in range(heads):
         softmax = BlockSoftmax(codebook[h], dtype, temperature, rows_per_block(rows, codes))
         for block in blocks(rows, codes):
-            softmax.run(z[h, block].to(dtype) - softmax.mean)
-            sums[h].addmm_(softmax.weights.T, values[h, block].to(dtype) / softmax.total)
-    return sums
+            softmax.run(z[h, block].to(dtype) - softmax.centre)
+            sums[h].addmm_((values[h, block].to(dtype) / softmax.total).T, softmax.weights)
+    return sums.mT.contiguous()
 
 
 def nearest(z: Tensor, codebook: Tensor, precision: str = "highest") -> Tensor:
@@ -254,7 +263,8 @@ def nearest(z: Tensor, codebook: Tensor, precision: str = "highest") -> Tensor:
     for h in range(heads):
         softmax = BlockSoftmax(codebook[h], dtype, one, rows_per_block(rows, codes))
         for block in blocks(rows, codes):
-            indices[h, block] = softmax.match(z[h, block].to(dtype) - softmax.mean)[1]
+            softmax.match(z[h, block].to(dtype) - softmax.centre)
+            indices[h, block] = softmax.indices()
     return indices
 
 

@@ -45,6 +45,11 @@ def _power_of_two(x: np.ndarray) -> np.ndarray:
     return _flushed((np.exp2(x.astype(np.float64)) * (1 + 2.0**-22 * _noise(x))).astype(np.float32))
 
 
+def _square_root(x: np.ndarray) -> np.ndarray:
+    """As of sqrt.approx.ftz, whose largest relative error is 2^-23."""
+    return (np.sqrt(x.astype(np.float64)) * (1 + 2.0**-23 * _noise(x))).astype(np.float32)
+
+
 def _noise(x: np.ndarray) -> np.ndarray:
     """From −1 to 1, the same for the same float32; none at 0, where even the hardware is exact."""
     bits = np.ascontiguousarray(x).view(np.uint32).astype(np.uint64)
@@ -70,6 +75,7 @@ FUNCTIONS = {
     "neg": np.negative,
     "not": np.invert,
     "or": np.bitwise_or,
+    "sqrt": _square_root,
     "sub": np.subtract,
     "xor": np.bitwise_xor,
 }

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 pytest.importorskip("triton")
 
@@ -17,13 +18,14 @@ from bench.bounds import (
     ALL,
     REDUCED_PRECISION,
     check,
+    far_code,
     incoming_for,
     make,
     near_ties,
     reduced_errors,
 )
-from bench.truth import Problem, matmul_in
-from softvq.kernels import code_sweep, fused, streaming, tiles
+from bench.truth import Errors, Problem, gradients, matmul_in
+from softvq.kernels import code_sweep, fused, reference, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 draw = partial(make, device=DEVICE)
@@ -114,6 +116,10 @@ def test_latents_far_from_zero(offset):
     check_fused(lambda: draw(1, 130, 67, 48, offset=offset))
 
 
+def test_one_code_far_from_the_others():
+    check_fused(lambda: far_code(1e3, DEVICE))
+
+
 def test_near_ties():
     check_fused(lambda: Problem(*(x.to(DEVICE) for x in near_ties())))
 
@@ -169,6 +175,32 @@ def test_latents_of_any_size(dtype, scale):
     check_fused(scaled, dtype, **({} if dtype == torch.float32 else {"matmul": matmul_in(dtype)}))
 
 
+def test_tiny_codes_and_a_huge_temperature():
+    """Still no code that only fills up a tile has a share."""
+
+    def flat() -> Problem:
+        z, codebook, temperature = draw(1, 40, 30, 12)
+        return Problem(z, codebook * 1e-7, temperature * 1e20)
+
+    check_fused(flat)
+
+
+def test_terms_of_the_codebook_gradient_larger_than_the_rows_say():
+    """The first code's share is a half, and σ_n and its usage gradient are far from each other."""
+    codes, others = 257, torch.tensor(256.0)
+    codebook = normalize(torch.randn(1, codes, 8), dim=2) * others.log().sqrt()
+    codebook[:, 0] = 0
+    problem = Problem(0.01 * torch.randn(1, 40, 8), codebook, torch.ones(()))
+    problem = Problem(*(x.to(DEVICE) for x in problem))
+    usage = torch.ones(1, codes, device=DEVICE)
+    usage[:, 0] = 0
+    grads = fused.soft_backward(*problem, None, None, None, usage, True, True, True)
+    truth = gradients(problem.to(torch.float64), {"usage": usage})
+    for grad, expected in zip(grads, truth.values(), strict=True):
+        largest = expected.abs().max().item()
+        torch.testing.assert_close(grad.double(), expected, rtol=0, atol=1e-4 * largest)
+
+
 def test_a_row_of_nan_spoils_no_other():
     problem = draw(1, 40, 30, 6)
     clean = fused.soft_forward(*problem)
@@ -197,10 +229,16 @@ def test_views_and_expanded_gradients():
 
 
 def test_probability_sums_of_values():
-    problem, values = draw(2, 130, 67, 20), torch.randn(2, 130, 20, device=DEVICE)
-    expected = streaming.probability_sums(*(x.double() for x in problem), values.double())
-    sums = fused.probability_sums(*problem, values)
-    torch.testing.assert_close(sums.double(), expected, rtol=1e-4, atol=1e-4)
+    error = Errors()
+    for _ in range(2):
+        problem, values = draw(1, 130, 1000, 20, 100.0), torch.randn(1, 130, 20, device=DEVICE)
+        sums = fused.probability_sums(*problem, values)
+        plain, true = (
+            reference.probability_sums(*(x.to(dtype) for x in (*problem, values)))
+            for dtype in (torch.float32, torch.float64)
+        )
+        error.add(sums, plain, true)
+    error.assert_no_worse(2, "Σ p·values")
 
 
 def test_partial_sums_are_bounded():
