@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import math
 import os
 
 import torch
@@ -11,6 +12,7 @@ from softvq.kernels import tiles
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _LEAST_CAPABILITY = 8  # from there on matrix units take bfloat16
+_MOST_HEADS, _MOST_ROWS = 2**16 - 1, 2**30  # of a grid's second axis; counted in 32 bits
 _BLACKWELL_TRITON = (3, 8)  # older ones compile some of the products for its matrix unit to a trap
 
 
@@ -30,6 +32,8 @@ def obstacle(z: Tensor) -> str | None:
     if not _HAS_TRITON:
         return "needs the package triton"
     if z.is_cuda:
+        if torch.version.hip is not None:
+            return "needs an NVIDIA GPU"
         device = torch.cuda.get_device_properties(z.device)
         if device.major < _LEAST_CAPABILITY:
             return (
@@ -56,6 +60,11 @@ def soft_obstacle(z: Tensor, codebook: Tensor) -> str | None:
     return None
 
 
-def too_wide(z: Tensor) -> bool:
-    """Whether the kernels have no tiles for rows of so many elements."""
-    return z.shape[-1] > tiles.WIDEST
+def too_large(z: Tensor, codebook: Tensor) -> bool:
+    """Whether z (…, D) is too wide for the kernels' tiles, or more than their programs can number.
+
+    codebook (K, D) or (H, K, D).
+    """
+    *heads, _, dim = codebook.shape
+    rows = math.prod(z.shape[:-1]) // math.prod(heads)
+    return dim > tiles.WIDEST or math.prod(heads) > _MOST_HEADS or rows > _MOST_ROWS

@@ -249,7 +249,7 @@ def _prepare(
 def _product_backend(z: Tensor, codebook: Tensor, backend: str) -> str:
     """`_choose_backend` for the operators that multiply latents and codes."""
     backend = _choose_backend(z, backend, support.soft_obstacle(z, codebook))
-    if backend == "triton" and support.too_wide(z):
+    if backend == "triton" and support.too_large(z, codebook):
         return "streaming"
     return backend
 

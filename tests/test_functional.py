@@ -250,8 +250,21 @@ def test_auto_is_fused_where_the_kernels_can_be_used(fake_card, monkeypatch):
     assert chosen(fake_card(major=9)) == ("triton",) * 2
     assert chosen(fake_card(major=10)) == ("streaming", "triton")
     assert chosen(fake_card(major=12)) == ("triton",) * 2
+    with monkeypatch.context() as rocm:
+        rocm.setattr(torch.version, "hip", "6.4")
+        assert chosen(fake_card()) == ("streaming",) * 2
     monkeypatch.setattr(support, "_HAS_TRITON", False)
     assert chosen(fake_card()) == ("streaming",) * 2
+
+
+def test_more_rows_or_heads_than_programs_can_number():
+    def too_large(rows: int, heads: int) -> bool:
+        z, codebook = torch.empty(rows, heads, 4, device="meta"), torch.empty(heads, 8, 4)
+        return support.too_large(z, codebook)
+
+    assert not too_large(2**30, 1) and too_large(2**30 + 1, 1)
+    assert not too_large(1, 2**16 - 1) and too_large(1, 2**16)
+    assert support.too_large(torch.empty(2**15, 2**16, 4, device="meta"), torch.empty(8, 4))
 
 
 @needs_triton
