@@ -142,6 +142,8 @@ def describe(case: Case) -> dict[str, object]:
         "rows": constants.get("ROWS", ""),
         "codes": constants.get("CODES", ""),
         "warps": options.get("num_warps", 4),
+        "stages": constants.get("STAGES", ""),
+        "parts": constants.get("PARTS", 1) if pairs else "",
         "registers": code.registers,
         "spilled_bytes": code.spills,
         "spilled_in_loop": code.loop_spills,

@@ -115,6 +115,7 @@ def test_the_committed_tables_are_of_these_tiles():
             family = compile.FAMILY[architecture]
             operands, dim = operands_of(row), int(row["dim"])
             tile = tiles.shipped(kernel_of(row), operands, dim, family)
-            assert (row["rows"], row["codes"], row["warps"]) == tuple(map(str, tile[:3])), row
+            found = (row[name] for name in tiles.Tile._fields)
+            assert tuple(map(int, found)) == tile, row
             covered.add((family, kernel_of(row), operands, max(64, dim)))
     assert covered == set(tiles.every_choice())
