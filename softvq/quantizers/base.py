@@ -1,5 +1,6 @@
 """What all quantizers have in common: layouts, heads, masks, codes ↔ indices, k-means start."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -42,8 +43,8 @@ class Quantizer(KeepsFloat32):
         kmeans_init: the first training batch's k-means centres become the codes.
         kmeans_iters: steps of that k-means.
         sync_codebook: whether k-means, running statistics and the regulariser's mean assignment
-            are those of all replicas of a data-parallel run; None: if torch.distributed is
-            initialised.
+            are, in training, those of all replicas of a data-parallel run; None: if
+            torch.distributed is initialised.
         entropy_weight: of `losses.entropy_regulariser` in the loss; 0 also leaves its work out.
         entropy_temperature: the T of the assignments that it looks at.
 
@@ -208,9 +209,10 @@ class Quantizer(KeepsFloat32):
         else:  # nothing, but this replica takes part in the sum below and in its backward pass
             usage = 0 * losses.in_float32(codebook).sum(-1) + z.sum()
             entropy = usage.new_zeros(1)
-        rows = usage.new_full((), z.shape[:-1].numel())
-        share = rows / sum_over_replicas(rows, self.sync_codebook).clamp(min=1)
-        usage = sum_over_replicas(share * usage, self.sync_codebook)
+        if self.training:  # evaluation may be the business of one replica alone
+            rows = usage.new_full((), math.prod(z.shape[:-1]))
+            share = rows / sum_over_replicas(rows, self.sync_codebook).clamp(min=1)
+            usage = sum_over_replicas(share * usage, self.sync_codebook)
         return losses.entropy_regulariser(entropy, usage)
 
     @torch.no_grad()

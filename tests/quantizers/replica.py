@@ -100,6 +100,17 @@ def regulariser(rank):
     return vq(x, mask=mask, return_loss_breakdown=True)[3].entropy_regulariser.detach()
 
 
+def evaluated_by_one(rank):
+    """The statistic of a training step, and before it, on the first replica, of an evaluation."""
+    x, _ = counted(0, rank)
+    torch.manual_seed(0)
+    vq, values = VQ(DIM, CODES, **ENTROPY), []
+    for training in (False, True) if rank == 0 else (True,):
+        parts = vq.train(training)(x, return_loss_breakdown=True)[3]
+        values.append(parts.entropy_regulariser.detach())
+    return values
+
+
 def shares():
     """What the trainer's restart counts, and where it moves codes."""
     rank = distributed.get_rank()
@@ -117,6 +128,7 @@ def main(rank, folder):
     rows = slice(0, FIRST) if rank == 0 else slice(FIRST, ROWS)
     results = {case: run(case, rows, seed=rank) for case in CASES}
     results |= {"shares": shares(), "regulariser": regulariser(rank)}
+    results |= {"evaluated by one": evaluated_by_one(rank)}
     results |= {case: trained(case, rank) for case in TRAINED}
     torch.save(results, folder / f"{rank}.pt")
     distributed.destroy_process_group()

@@ -245,6 +245,17 @@ def test_exported_for_inference():
         torch.testing.assert_close(a, b)
 
 
+@each
+@pytest.mark.parametrize("entropy_weight", [0.0, 0.1])
+def test_exported_for_any_number_of_rows(kind, entropy_weight):
+    vq = layer(kind, entropy_weight=entropy_weight).eval()
+    shapes, x = {"x": {0: torch.export.Dim.DYNAMIC}}, torch.randn(7, 5, DIM)
+    exported = torch.export.export(vq, (x,), dynamic_shapes=shapes, strict=False).module()
+    x = torch.randn(11, 5, DIM)
+    for a, b in zip(exported(x), vq(x), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_indices_of_any_whole_number():
     vq, indices = layer(VQ), torch.tensor([1, 0, 2])
     for dtype in (torch.uint8, torch.int32):

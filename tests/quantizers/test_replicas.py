@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import softvq
+from softvq.losses import entropy_regulariser
 from softvq.quantizers import EMAVQ, VQ
 from tests.quantizers.replica import (
     CASES,
@@ -120,6 +121,20 @@ def test_without_rows_the_regulariser_is_that_of_the_other_replicas_usage(replic
     wanted = (entropy.mean() - usage_entropy, -usage_entropy)
     for results, value in zip(replicas, wanted, strict=True):
         torch.testing.assert_close(results["regulariser"], value.detach())
+
+
+def test_one_replica_evaluates_alone(replicas):
+    torch.manual_seed(0)
+    codebook, rows = VQ(DIM, CODES).codebook, batch(0)
+    usage, entropy = softvq.usage_and_entropy(rows, codebook, 1.0)
+    alone = softvq.code_usage(rows[:FIRST], codebook, 1.0)
+    (evaluated, first), (second,) = (results["evaluated by one"] for results in replicas)
+    for value, part, mean in (
+        (evaluated, entropy[:FIRST], alone),
+        (first, entropy[:FIRST], usage),
+        (second, entropy[FIRST:], usage),
+    ):
+        torch.testing.assert_close(value, entropy_regulariser(part, mean).detach())
 
 
 def test_shares_are_counted_over_both(replicas):
