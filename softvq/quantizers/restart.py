@@ -69,7 +69,7 @@ class DeadCodeRestart(KeepsFloat32):
         # bincount would wait for the device to say which index is the largest.
         counts = rows.new_zeros(len(self.share) + 1).scatter_add_(0, rows, torch.ones_like(rows))
         counts = sum_over_replicas(counts[1:], self.sync_codebook)
-        self.share.lerp_(counts / counts.sum().clamp(min=1), 1 - self.decay)
+        self.share.lerp_(counts.to(self.share) / counts.sum().clamp(min=1), 1 - self.decay)
 
     @torch.no_grad()
     def restart(self, codebook: Tensor, latents: Tensor, indices: Tensor | None = None) -> None:

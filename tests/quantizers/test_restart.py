@@ -28,6 +28,13 @@ def test_shares_are_running_averages():
     torch.testing.assert_close(restart.share, torch.tensor([0.525, 0.475]))
 
 
+def test_shares_in_double_precision():
+    restart = DeadCodeRestart(3, THRESHOLD, decay=0.0).double()
+    restart.update(torch.tensor([0, 1, 1]))
+    wanted = torch.tensor([1, 2, 0], dtype=torch.float64) / 3
+    torch.testing.assert_close(restart.share, wanted, rtol=1e-15, atol=0)
+
+
 def test_masked_positions_do_not_count():
     restart = DeadCodeRestart(2, THRESHOLD, decay=0.0)
     restart.update(torch.tensor([[0, -1], [1, -1], [1, 1]]))
