@@ -10,6 +10,7 @@ from softvq.checks import check_decay, check_positive, check_weights
 from softvq.functional import nearest_codes
 from softvq.quantizers.base import Quantizer
 from softvq.quantizers.kmeans import replica_code_sums
+from softvq.quantizers.precise import precise_dtype
 from softvq.quantizers.restart import restart_codes
 from softvq.quantizers.straight_through import NearestCodes, nearest_straight_through
 from softvq.quantizers.types import QuantizerOptions
@@ -75,10 +76,11 @@ class EMAVQ(Quantizer):
         self.decay = decay
         self.eps = eps
         self.threshold_ema_dead_code = threshold_ema_dead_code
-        self.register_buffer("means", self._first_codes())
+        self.register_buffer("means", self._first_codes().to(precise_dtype()))
         # Nothing has been counted yet: where 1 is dead already, a code starts as a restarted one.
         start = 1.0 if threshold_ema_dead_code <= 1 else GRACE * threshold_ema_dead_code
-        self.register_buffer("counts", torch.full((self.codebooks, codebook_size), start))
+        counts = torch.full((self.codebooks, codebook_size), start, dtype=precise_dtype())
+        self.register_buffer("counts", counts)
 
     @property
     def _stored_codes(self) -> Tensor:

@@ -7,9 +7,15 @@ import torch
 from torch import Tensor, nn
 
 
+def precise_dtype() -> torch.dtype:
+    """Of what is kept precise when it is created: the default dtype, float32 at least."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
 class KeepsFloat32(nn.Module):
     """A module whose tensors named in `in_float32` follow it to devices and to float64 only.
 
+    They are created in `precise_dtype()`.
     Running averages move by steps of a percent and less, which half precision rounds away; a
     temperature would be another one, or infinite. `converted_to` is the dtype of all others.
     """

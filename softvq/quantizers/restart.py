@@ -7,7 +7,7 @@ from softvq.checks import check_counts, check_decay, check_weights
 from softvq.distributed.collectives import sum_over_replicas
 from softvq.functional import nearest_codes
 from softvq.quantizers.draw import draw_latents
-from softvq.quantizers.precise import KeepsFloat32
+from softvq.quantizers.precise import KeepsFloat32, precise_dtype
 
 
 @torch.no_grad()
@@ -60,7 +60,8 @@ class DeadCodeRestart(KeepsFloat32):
         self.threshold = threshold
         self.decay = decay
         self.sync_codebook = sync_codebook
-        self.register_buffer("share", torch.full((codebook_size,), 1 / codebook_size))
+        share = torch.full((codebook_size,), 1 / codebook_size, dtype=precise_dtype())
+        self.register_buffer("share", share)
 
     @torch.no_grad()
     def update(self, indices: Tensor) -> None:

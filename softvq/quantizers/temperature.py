@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from softvq.checks import check_temperatures
 from softvq.quantizers.base import Quantizer
+from softvq.quantizers.precise import precise_dtype
 
 
 class TemperedQuantizer(Quantizer):
@@ -18,7 +19,7 @@ class TemperedQuantizer(Quantizer):
     def __init__(self, *sizes: Any, temperature: float, learn: bool = False, **options: Any):
         super().__init__(*sizes, **options)
         check_temperatures(temperature=temperature)
-        log_temperature = torch.tensor(math.log(temperature))
+        log_temperature = torch.tensor(math.log(temperature), dtype=precise_dtype())
         if learn:
             self.log_temperature = nn.Parameter(log_temperature)
         else:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import softvq
-from softvq.quantizers import EMAVQ, VQ, GumbelVQ, SoftVQ
+from softvq.quantizers import EMAVQ, VQ, DeadCodeRestart, GumbelVQ, SoftVQ
 
 DIM, CODES = 6, 10
 each = pytest.mark.parametrize("kind", [SoftVQ, VQ, EMAVQ, GumbelVQ])
@@ -80,6 +80,31 @@ def test_the_temperature_does_not_follow_a_model_to_half_precision(kind, options
     assert quantized.dtype == dtype and loss.isfinite()
     loss.backward()
     assert vq.double().temperature.dtype == torch.float64
+
+
+@pytest.fixture
+def half_by_default():
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("build", "kept"),
+    [
+        (lambda: SoftVQ(DIM, CODES), {"log_temperature"}),
+        (lambda: GumbelVQ(DIM, CODES), {"log_temperature"}),
+        (lambda: EMAVQ(DIM, CODES), {"means", "counts"}),
+        (lambda: DeadCodeRestart(CODES, 0.5), {"share"}),
+    ],
+)
+def test_what_is_kept_precise_is_so_from_the_start(build, kept, half_by_default):
+    state = build().state_dict()
+    assert {name for name, value in state.items() if value.dtype == torch.float32} == kept
+
+
+def test_a_temperature_is_not_rounded_to_half_precision_first(half_by_default):
+    assert SoftVQ(DIM, CODES, temperature=2.02).temperature.item() == pytest.approx(2.02)
 
 
 @each
