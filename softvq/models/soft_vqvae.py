@@ -23,8 +23,9 @@ class SoftVQVAE(VQVAE):
     Args:
         quantizer: a SoftVQ of dimension D.
         decoder_input: "latent": the decoder reads z and the quantizer stands beside it, reading
-            sg[z] (the original Soft VQ-VAE). "quantized": the decoder reads the quantizer's output,
-            which passes its gradient on to the encoder.
+            sg[z] (the original Soft VQ-VAE); a codebook_dim that needs projections is refused, for
+            nothing would train them. "quantized": the decoder reads the quantizer's output, which
+            passes its gradient on to the encoder.
         quantized_codes: what the reconstruction-quantizing loss feeds the decoder.
         others: as for EncoderDecoder.
     """
@@ -44,6 +45,14 @@ class SoftVQVAE(VQVAE):
         weights: LossWeights = LossWeights(),
         reconstruction_loss: losses.Difference = "squared",
     ):
+        check_choice("decoder_input", decoder_input, get_args(DecoderInput))
+        check_choice("quantized_codes", quantized_codes, get_args(Codes))
+        inner = quantizer.codebook_dim * quantizer.heads
+        if decoder_input == "latent" and inner != quantizer.dim:
+            raise ValueError(
+                f"quantizer projects {quantizer.dim} features to {inner}, which nothing trains "
+                "under decoder_input='latent'; use decoder_input='quantized'"
+            )
         super().__init__(
             image_shape,
             latent_grid,
@@ -52,8 +61,6 @@ class SoftVQVAE(VQVAE):
             weights=weights,
             reconstruction_loss=reconstruction_loss,
         )
-        check_choice("decoder_input", decoder_input, get_args(DecoderInput))
-        check_choice("quantized_codes", quantized_codes, get_args(Codes))
         self.decoder_input = decoder_input
         self.quantized_codes = quantized_codes
 

@@ -197,7 +197,8 @@ def test_a_quantized_model_reconstructs_from_its_own_q(images, estimator, own):
     ids=str,
 )
 def test_evaluation_goes_through_the_quantizer(images, quantizer, estimator):
-    model = build(quantizer=quantizer | {"estimator": estimator}).eval()
+    quantizer = quantizer | {"estimator": estimator}
+    model = build(quantizer=quantizer, decoder_input="quantized").eval()
     seen, z, vq = model.evaluate(images), model.encode(images).mean, model.quantizer
     indices = vq(z)[1]
     assert torch.equal(seen.indices[LEVEL], indices)
@@ -240,6 +241,12 @@ def test_kl_of_a_deterministic_model_is_zero(images):
 def test_unknown_names_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         build(**options)
+
+
+def test_projections_that_nothing_would_train_are_refused():
+    with pytest.raises(ValueError, match="quantizer projects 4 features to 2, which nothing"):
+        build(quantizer={"codebook_dim": 2})
+    build(quantizer={"codebook_dim": 2, "heads": 2})
 
 
 @pytest.mark.parametrize("architecture", ["conv"])
