@@ -101,6 +101,8 @@ class PixelCNN(nn.Module):
             labels: (B,) int64, -1 for an unknown class; None for a batch of unknown ones.
             condition: (B, h', w') int64, the coarser codes.
         """
+        if indices.dim() != 3:
+            raise ValueError(f"indices must be (B, h, w), of one head, got {tuple(indices.shape)}")
         context = self._context(labels, condition, indices.shape)
         x = self._embed(indices)
         return self._across(x, self._down(x, context))

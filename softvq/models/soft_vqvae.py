@@ -47,6 +47,8 @@ class SoftVQVAE(VQVAE):
     ):
         check_choice("decoder_input", decoder_input, get_args(DecoderInput))
         check_choice("quantized_codes", quantized_codes, get_args(Codes))
+        if not isinstance(quantizer, SoftVQ):
+            raise TypeError(f"quantizer must be a SoftVQ, got a {type(quantizer).__name__}")
         inner = quantizer.codebook_dim * quantizer.heads
         if decoder_input == "latent" and inner != quantizer.dim:
             raise ValueError(

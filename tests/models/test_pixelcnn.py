@@ -185,6 +185,12 @@ def test_condition_that_is_missing_or_too_much():
         PixelCNN(3, width=4, layers=1)(codes, condition=codes)
 
 
+def test_codes_of_several_heads_are_refused():
+    prior = CodePrior({"codes": CodeLevel((2, 2), 3)}, width=4, layers=1)
+    with pytest.raises(ValueError, match=r"\(B, h, w\), of one head, got \(1, 2, 2, 5\)"):
+        prior({"codes": torch.zeros(1, 2, 2, 5, dtype=torch.int64)})
+
+
 @pytest.mark.parametrize("kernel", [1, 4, -3])
 def test_kernel_that_has_no_middle(kernel):
     with pytest.raises(ValueError, match=f"odd and at least 3, got {kernel}"):

@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 import softvq
 from softvq import losses
 from softvq.models import LEVEL, LossWeights, Networks, SoftVQVAE
-from softvq.quantizers import SoftVQ
+from softvq.quantizers import VQ, SoftVQ
 from tests.models.learning import moved
 
 DIM, CODES, GRID, SHAPE = 4, 6, (2, 2), (1, 8, 8)
@@ -247,6 +247,11 @@ def test_projections_that_nothing_would_train_are_refused():
     with pytest.raises(ValueError, match="quantizer projects 4 features to 2, which nothing"):
         build(quantizer={"codebook_dim": 2})
     build(quantizer={"codebook_dim": 2, "heads": 2})
+
+
+def test_another_quantizer_is_refused():
+    with pytest.raises(TypeError, match="quantizer must be a SoftVQ, got a VQ"):
+        SoftVQVAE(SHAPE, GRID, VQ(DIM, CODES))
 
 
 @pytest.mark.parametrize("architecture", ["conv"])
