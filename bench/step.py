@@ -35,7 +35,7 @@ class EagerSoftVQ(SoftVQ):
         """As SoftVQ, over an N×K matrix; over another where the loss reads constant latents."""
         rows = z.flatten(0, -2)
         scores = of_partition = eager_scores(rows, self.codebook, self.temperature)
-        if self.commitment_weight == 0:
+        if self.commitment_weight != 1:
             of_partition = eager_scores(rows.detach(), self.codebook, self.temperature)
         outputs = eager_outputs(scores, of_partition, self.codebook)
         shapes = (z.shape, *3 * (z.shape[:-1],))

@@ -81,8 +81,6 @@ class SoftVQ(TemperedQuantizer):
         self.estimator = estimator
         self.codebook_loss = codebook_loss
         self.commitment_weight = commitment_weight
-        by_partition = codebook_loss in ("free_energy", "likelihood")
-        self._detach_log_partition = by_partition and commitment_weight == 0
         self.codebook_parameter = nn.Parameter(self._first_codes())
 
     def quantize(self, z: Tensor) -> SoftQuantized:
@@ -93,7 +91,7 @@ class SoftVQ(TemperedQuantizer):
             self.temperature,
             estimator=self.estimator,
             detach_probabilities=self.codebook_loss == "detached_quantizing_error",
-            detach_log_partition=self._detach_log_partition,
+            detach_log_partition=self.commitment_weight != 1,
         )
 
     @torch.no_grad()
@@ -116,16 +114,29 @@ class SoftVQ(TemperedQuantizer):
         return loss, SoftVQLoss(loss, out.entropy.mean(), entropy_regulariser)
 
     def _codebook_loss(self, z: Tensor, out: SoftQuantized) -> Tensor:
-        if z.requires_grad and self.commitment_weight != 1 and not self._detach_log_partition:
-            # The value of z, and a share of its gradient.
-            z = z.detach() + self.commitment_weight * (z - z.detach())
-            if self.codebook_loss != "detached_quantizing_error":
-                out = self.quantize(z)
         match self.codebook_loss:
             case "free_energy":
-                return losses.free_energy(out.log_partition, self.temperature, self.codebook_dim)
+                loss = losses.free_energy(out.log_partition, self.temperature, self.codebook_dim)
+                return loss + self._commitment(z, out)
             case "likelihood":
-                return losses.mixture_negative_log_likelihood(
+                loss = losses.mixture_negative_log_likelihood(
                     out.log_partition, self.temperature, self.codebook_dim, self.codebook_size
                 )
+                return loss + self._commitment(z, out) / self.temperature.detach()
+        if z.requires_grad and self.commitment_weight != 1:
+            # The value of z, and a share of its gradient.
+            z = z.detach() + self.commitment_weight * (z - z.detach())
+            if self.codebook_loss == "quantizing_error":
+                out = self.quantize(z)
         return losses.quantizing_error(z, out.quantized)
+
+    def _commitment(self, z: Tensor, out: SoftQuantized) -> Tensor | float:
+        """Zero, with a share of the free energy's gradient in z, which is that of ‖z − sg[q]‖²."""
+        if self.commitment_weight in (0, 1) or not z.requires_grad:
+            return 0.0  # `quantize` gave z nothing, or all
+        soft = out.quantized.detach()
+        if self.estimator == "straight_through":
+            with torch.no_grad():
+                soft = soft_quantize(z, self.codebook, self.temperature).quantized
+        error = losses.quantizing_error(z, soft)
+        return self.commitment_weight * (error - error.detach())
