@@ -149,6 +149,13 @@ def nearest_codes(
     return _as_rows(indices, z, codebook), _as_rows(squared_distance, z, codebook)
 
 
+def nearest_indices(z: Tensor, codebook: Tensor) -> Tensor:
+    """The indices of `nearest_codes` alone: the distances are a good part of its work."""
+    z_heads, codebook_heads, _, backend = _prepare(z, codebook, 1.0, "auto", None)
+    indices = operators.nearest(z_heads.detach(), codebook_heads.detach(), None, backend)
+    return _as_rows(indices, z, codebook)
+
+
 def code_sums(
     z: Tensor, indices: Tensor, codebook_size: int, *, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from softvq import losses
 from softvq.checks import check_decay, check_positive, check_weights
-from softvq.functional import nearest_codes
+from softvq.functional import nearest_indices
 from softvq.quantizers.base import Quantizer
 from softvq.quantizers.kmeans import replica_code_sums
 from softvq.quantizers.precise import precise_dtype
@@ -116,7 +116,8 @@ class EMAVQ(Quantizer):
         smoothed = self.smoothed_counts[..., None]
         self.means.copy_(torch.where(smoothed > 0, sums / smoothed, self.means))
         if self.threshold_ema_dead_code:
-            self._restart(latents, out.squared_distance)
+            squared_distance = (losses.in_float32(z) - out.quantized).square().sum(-1)
+            self._restart(latents, squared_distance)
 
     def _batch_statistics(self, latents: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Σz (codebooks, K, D) and n (codebooks, K), of all replicas.
@@ -149,6 +150,6 @@ class EMAVQ(Quantizer):
         super()._initialise(z)
         if not self._is_initialised:
             return
-        indices, _ = nearest_codes(z, self.codebook)
+        indices = nearest_indices(z, self.codebook)
         _, counts = self._batch_statistics(self._by_codebook(z), indices)
         self.counts.copy_(counts.clamp(min=1))

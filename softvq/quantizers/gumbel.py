@@ -85,7 +85,7 @@ class GumbelVQ(TemperedQuantizer):
     def quantize(self, z: Tensor) -> GumbelQuantized:
         """Sample for latents (..., D), with heads (..., heads, D); in evaluation the nearest."""
         if not self.training:
-            return GumbelQuantized(*nearest_straight_through(z, self.codebook)[:2])
+            return GumbelQuantized(*nearest_straight_through(z, self.codebook))
         codebook = self.codebook
         rows = self._by_codebook(z)
         block_rows = max(1, BLOCK_ELEMENTS // (self.codebooks * self.codebook_size))

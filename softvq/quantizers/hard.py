@@ -6,9 +6,18 @@ from torch import Tensor, nn
 
 from softvq import losses
 from softvq.checks import check_weights
+from softvq.functional import nearest_codes
 from softvq.quantizers.base import Quantizer
-from softvq.quantizers.straight_through import NearestCodes, nearest_straight_through
+from softvq.quantizers.straight_through import codes_at, straight_through
 from softvq.quantizers.types import QuantizerOptions
+
+
+class VQQuantized(NamedTuple):
+    """What `VQ.quantize` returns; (...) are the leading dimensions of z."""
+
+    quantized: Tensor  #        (..., D), dtype of z: the code's value, the gradient of z
+    indices: Tensor  #          (...) int64
+    squared_distance: Tensor  # (...), ‖sg[z] − e‖², differentiable in the codes only
 
 
 class VQLoss(NamedTuple):
@@ -46,12 +55,15 @@ class VQ(Quantizer):
         self.commitment_weight = commitment_weight
         self.codebook_parameter = nn.Parameter(self._first_codes())
 
-    def quantize(self, z: Tensor) -> NearestCodes:
+    def quantize(self, z: Tensor) -> VQQuantized:
         """The nearest codes of latents (..., D), with heads (..., heads, D)."""
-        return nearest_straight_through(z, self.codebook)
+        codebook = self.codebook
+        indices, squared_distance = nearest_codes(z.detach(), codebook)
+        codes = codes_at(codebook.detach(), indices)
+        return VQQuantized(straight_through(z, codes), indices, squared_distance)
 
     def _loss(
-        self, z: Tensor, out: NearestCodes, entropy_regulariser: Tensor
+        self, z: Tensor, out: VQQuantized, entropy_regulariser: Tensor
     ) -> tuple[Tensor, VQLoss]:
         codebook = out.squared_distance.mean() / self.codebook_dim
         commitment = losses.commitment_loss(z, out.quantized)

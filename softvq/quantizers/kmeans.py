@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from softvq.distributed.collectives import from_first_replica, sum_over_replicas
-from softvq.functional import code_sums, nearest_codes
+from softvq.functional import code_sums, nearest_indices
 from softvq.quantizers.draw import draw_latents, race_keys
 
 CANDIDATES_PER_CODE = 8  # latents the seeding looks at; K passes over all of them would be slow
@@ -37,7 +37,7 @@ def kmeans(
         return None
     codes = from_first_replica(seed_codes(candidates, codebook_size), sync)
     for _ in range(iterations):
-        indices, _ = nearest_codes(latents, codes)
+        indices = nearest_indices(latents, codes)
         sums, counts = replica_code_sums(latents, indices, codebook_size, sync)
         means = sums / counts.clamp(min=1)[:, None]
         means = normalize(means, dim=-1) if spherical else means

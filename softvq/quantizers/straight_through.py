@@ -5,15 +5,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from softvq.functional import nearest_codes
+from softvq.functional import nearest_indices
 
 
 class NearestCodes(NamedTuple):
     """What `nearest_straight_through` returns; (...) are the leading dimensions of z."""
 
-    quantized: Tensor  #        (..., D), dtype of z: the code's value, the gradient of z
-    indices: Tensor  #          (...) int64
-    squared_distance: Tensor  # (...), ‖sg[z] − e‖², differentiable in the codes only
+    quantized: Tensor  # (..., D), dtype of z: the code's value, the gradient of z
+    indices: Tensor  #   (...) int64
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -37,9 +36,8 @@ def straight_through(z: Tensor, codes: Tensor) -> Tensor:
 
 def nearest_straight_through(z: Tensor, codebook: Tensor) -> NearestCodes:
     """z (..., D) and codebook (K, D), or (..., H, D) and (H, K, D), to the nearest codes."""
-    indices, squared_distance = nearest_codes(z.detach(), codebook)
-    codes = codes_at(codebook.detach(), indices)
-    return NearestCodes(straight_through(z, codes), indices, squared_distance)
+    indices = nearest_indices(z, codebook)
+    return NearestCodes(straight_through(z, codes_at(codebook.detach(), indices)), indices)
 
 
 def codes_at(codebook: Tensor, indices: Tensor) -> Tensor:

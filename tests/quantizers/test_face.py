@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+import softvq
 from softvq.quantizers import EMAVQ, VQ, GumbelVQ, SoftVQ
 
 DIM, CODES = 6, 10
@@ -181,6 +182,16 @@ def test_training_keeps_cosine_codes_on_the_sphere(kind, cosine):
             optimizer.step()
     lengths = vq.codebook.norm(dim=-1)
     assert torch.allclose(lengths, torch.ones(CODES)) == cosine
+
+
+@pytest.mark.parametrize("kind", [EMAVQ, GumbelVQ])
+def test_distances_that_nobody_reads_are_not_computed(kind, monkeypatch):
+    monkeypatch.setattr("softvq.kernels.autograd.CodesAt.apply", None)
+    vq, x = layer(kind, kmeans_init=True), torch.randn(40, DIM)
+    vq(x)
+    vq.eval()(x)
+    with pytest.raises(TypeError):
+        softvq.nearest_codes(x, vq.codebook)
 
 
 @each
