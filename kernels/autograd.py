@@ -26,7 +26,7 @@ class _Last(torch.autograd.Function):
 
 
 def _differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]):
-    """For a backward: whoever differentiates what it returns gets an error.
+    """For a backward(ctx, saved, *incoming): whoever differentiates what it returns gets an error.
 
     PyTorch's `once_differentiable` looks at the incoming gradients alone; those of a sum do not
     depend on anything, and the second derivative would be zero without a word.
@@ -34,10 +34,11 @@ def _differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]):
 
     @functools.wraps(backward)
     def once(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once, for torch.utils.checkpoint gives them once
         with torch.no_grad():
-            grads = backward(ctx, *incoming)
+            grads = backward(ctx, saved, *incoming)
         if torch.is_grad_enabled():
-            depends_on = *incoming, *ctx.saved_tensors
+            depends_on = *incoming, *saved
             grads = tuple(None if x is None else _Last.apply(x, *depends_on) for x in grads)
         return grads
 
@@ -86,13 +87,14 @@ class SoftQuantize(torch.autograd.Function):
     @_differentiable_once
     def backward(
         ctx: Any,
+        saved: tuple[Tensor | None, ...],
         grad_quantized: Tensor | None,
         _: None,
         grad_log_partition: Tensor | None,
         grad_entropy: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         """Gradients of z, codebook and temperature; None for what nobody asked for."""
-        *inputs, quantized, indices, row_state = ctx.saved_tensors
+        *inputs, quantized, indices, row_state = saved
         needs, how = ctx.needs_input_grad[:3], (ctx.precision, ctx.backend)
         if not ctx.detach_probabilities:
             grads = operators.soft_backward(
@@ -138,10 +140,13 @@ class CodeUsage(torch.autograd.Function):
     @staticmethod
     @_differentiable_once
     def backward(
-        ctx: Any, grad_usage: Tensor | None, grad_entropy: Tensor | None
+        ctx: Any,
+        saved: tuple[Tensor | None, ...],
+        grad_usage: Tensor | None,
+        grad_entropy: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         """Gradients of z, codebook and temperature; None for what nobody asked for."""
-        *inputs, quantized, indices, row_state = ctx.saved_tensors
+        *inputs, quantized, indices, row_state = saved
         needs = ctx.needs_input_grad[:3]
         grads = operators.soft_backward(
             *(*inputs, None, None, grad_entropy, grad_usage, *needs),

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import softvq
 from softvq.kernels import operators
@@ -188,6 +189,18 @@ def test_a_second_derivative_is_refused(backend, operator, power):
     for gradient in torch.autograd.grad(loss, tensors, create_graph=True):
         with pytest.raises(RuntimeError, match="differentiated once, not twice"):
             gradient.sum().backward(retain_graph=True)
+
+
+@pytest.mark.parametrize("operator", [lambda *x: softvq.soft_quantize(*x).quantized,
+                                      softvq.code_usage], ids=["soft", "usage"])  # fmt: skip
+def test_a_checkpoint_gives_what_was_saved_once(operator):
+    tensors = inputs()
+    wanted = torch.autograd.grad(operator(*tensors).square().sum(), tensors)
+    loss = checkpoint(operator, *tensors, use_reentrant=False).square().sum()
+    grads = torch.autograd.grad(loss, tensors, create_graph=True)
+    assert_same(grads, wanted)
+    with pytest.raises(RuntimeError, match="differentiated once, not twice"):
+        grads[0].sum().backward()
 
 
 def every_call(backend: str) -> list[tuple]:
