@@ -96,7 +96,8 @@ class Quantizer(KeepsFloat32):
         inner = self.codebook_dim * heads
         self.project_in = nn.Linear(dim, inner) if inner != dim else nn.Identity()
         self.project_out = nn.Linear(inner, dim) if inner != dim else nn.Identity()
-        self.register_buffer("initialised", torch.tensor(not kmeans_init))
+        # 0 or 1, and not a bool, for averages of models subtract their buffers.
+        self.register_buffer("initialised", torch.tensor(float(not kmeans_init)))
         self._is_initialised = not kmeans_init  # known to be, without waiting for a GPU
         self.register_load_state_dict_post_hook(_read_initialised)
 
@@ -234,7 +235,7 @@ class Quantizer(KeepsFloat32):
 
     def _mark_initialised(self) -> None:
         """The codes have been placed: k-means is over."""
-        self.initialised.fill_(True)
+        self.initialised.fill_(1)
         self._is_initialised = True
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:

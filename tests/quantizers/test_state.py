@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from softvq.quantizers import EMAVQ, VQ, GumbelVQ, SoftVQ
 
@@ -43,6 +44,28 @@ def test_kmeans_leaves_codes_that_were_copied_in(kind):
             value.copy_(vq.state_dict()[name])
     other(50 + torch.randn(40, DIM))
     assert other.codebook.max() < 40
+
+
+@each
+@pytest.mark.parametrize("average", [get_swa_multi_avg_fn(), get_ema_multi_avg_fn(0.9)])
+def test_models_are_averaged_with_their_buffers(kind, average):
+    vq = kind(DIM, CODES, kmeans_init=True)
+    averaged = AveragedModel(vq, multi_avg_fn=average, use_buffers=True)
+    averaged.update_parameters(vq)
+    vq(torch.randn(40, DIM))
+    averaged.update_parameters(vq)
+    averaged.module(50 + torch.randn(40, DIM))
+    assert averaged.module.initialised and averaged.module.codebook.max() < 40
+
+
+@each
+@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_checkpoint_may_say_by_a_bool_that_codes_are_placed(kind, placed, assign):
+    vq = kind(DIM, CODES, kmeans_init=True)
+    vq.load_state_dict(vq.state_dict() | {"initialised": torch.tensor(placed)}, assign=assign)
+    vq(50 + torch.randn(40, DIM))
+    assert vq.initialised and (vq.codebook.max() < 40) == placed
 
 
 @each
