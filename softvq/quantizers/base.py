@@ -295,4 +295,5 @@ class Quantizer(KeepsFloat32):
 
 def _read_initialised(quantizer: Quantizer, _: object) -> None:
     """After a checkpoint was loaded: whether its codes have been placed."""
-    quantizer._is_initialised = bool(quantizer.initialised)
+    if not quantizer.initialised.is_meta:  # it was not in the checkpoint
+        quantizer._is_initialised = bool(quantizer.initialised)

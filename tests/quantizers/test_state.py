@@ -25,6 +25,16 @@ def test_a_module_without_memory_takes_a_checkpoint_and_moves(kind, options):
 
 
 @each
+def test_a_module_without_memory_takes_a_part_of_a_checkpoint(kind):
+    state = kind(DIM, CODES).state_dict()
+    del state["initialised"]
+    with torch.device("meta"):
+        vq = kind(DIM, CODES)
+    vq.load_state_dict(state, assign=True, strict=False)
+    assert vq.initialised.is_meta and not vq.codebook.is_meta
+
+
+@each
 @pytest.mark.parametrize("training", [True, False])
 def test_without_memory_there_are_shapes(kind, training):
     with torch.device("meta"):
