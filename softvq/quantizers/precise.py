@@ -1,6 +1,7 @@
 """Modules that keep some of their state precise when a model is converted to half precision."""
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Self
 
 import torch
@@ -15,16 +16,20 @@ def precise_dtype() -> torch.dtype:
 class KeepsFloat32(nn.Module):
     """A module whose tensors named in `in_float32` follow it to devices and to float64 only.
 
-    They are created in `precise_dtype()`.
     Running averages move by steps of a percent and less, which half precision rounds away; a
-    temperature would be another one, or infinite. `converted_to` is the dtype of all others.
+    temperature would be another one, or infinite. They are created in `precise_dtype()`.
     """
 
     in_float32: tuple[str, ...] = ()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.converted_to = torch.get_default_dtype()
+    @property
+    def converted_to(self) -> torch.dtype:
+        """The dtype of all other floating-point tensors, the default one where there are none."""
+        tensors = chain(self.named_parameters(), self.named_buffers())
+        others = (x.dtype for name, x in tensors if name not in self.in_float32)
+        return next(
+            (dtype for dtype in others if dtype.is_floating_point), torch.get_default_dtype()
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept = {id(getattr(self, name)) for name in self.in_float32}
@@ -35,6 +40,4 @@ class KeepsFloat32(nn.Module):
                 return tensor.to(converted.device)
             return converted
 
-        like = torch.empty((), dtype=self.converted_to, device="cpu")
-        self.converted_to = fn(like).dtype
         return super()._apply(convert, recurse)

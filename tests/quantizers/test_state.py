@@ -35,6 +35,17 @@ def test_a_module_without_memory_takes_a_part_of_a_checkpoint(kind):
 
 
 @each
+@pytest.mark.parametrize("options", [{}, {"codebook_dim": 4}], ids=str)
+def test_an_assigned_checkpoint_brings_its_precision(kind, options):
+    vq, other = kind(DIM, CODES, **options).bfloat16().eval(), kind(DIM, CODES, **options).eval()
+    other.load_state_dict(vq.state_dict(), assign=True)
+    indices = torch.tensor([1, 0, 2])
+    output = other.get_output_from_indices(indices)
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, vq.get_output_from_indices(indices))
+
+
+@each
 @pytest.mark.parametrize("training", [True, False])
 def test_without_memory_there_are_shapes(kind, training):
     with torch.device("meta"):
@@ -76,6 +87,7 @@ def test_a_checkpoint_may_say_by_a_bool_that_codes_are_placed(kind, placed, assi
     vq.load_state_dict(vq.state_dict() | {"initialised": torch.tensor(placed)}, assign=assign)
     vq(50 + torch.randn(40, DIM))
     assert vq.initialised and (vq.codebook.max() < 40) == placed
+    assert vq.get_output_from_indices(torch.tensor([0])).dtype == torch.float32
 
 
 @each
