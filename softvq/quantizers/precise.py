@@ -32,7 +32,8 @@ class KeepsFloat32(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        kept = {id(getattr(self, name)) for name in self.in_float32}
+        tensors = [getattr(self, name) for name in self.in_float32]
+        kept = {id(x) for x in (*tensors, *(tensor.grad for tensor in tensors))}
 
         def convert(tensor: Tensor) -> Tensor:
             converted = fn(tensor)

@@ -82,6 +82,18 @@ def test_the_temperature_does_not_follow_a_model_to_half_precision(kind, options
     assert vq.double().temperature.dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_of_the_temperature_does_not_follow_either(dtype):
+    vq = layer(SoftVQ, learn_temperature=True, codebook_loss="likelihood")
+    vq(torch.randn(40, DIM))[2].backward()
+    grad = vq.log_temperature.grad.clone()
+    vq.to(dtype)
+    assert vq.codebook_parameter.grad.dtype == dtype
+    assert torch.equal(vq.log_temperature.grad, grad)
+    torch.optim.SGD(vq.parameters(), lr=0.1).step()
+    assert vq.double().log_temperature.grad.dtype == torch.float64
+
+
 @pytest.fixture
 def half_by_default():
     torch.set_default_dtype(torch.bfloat16)
