@@ -53,7 +53,7 @@ class EncoderDecoder(ImageModel):
         """Images (B, C, H, W) in [0, 1], labels (B,) int64 → latents (B, h, w, D)."""
         if self.classes:
             # (B, classes, H, W): each image's class is a map of ones.
-            maps = self._one_hot(labels)[..., None, None].expand(-1, -1, *images.shape[2:])
+            maps = self._one_hot(labels, images)[..., None, None].expand(-1, -1, *images.shape[2:])
             images = torch.cat([images, maps], 1)
         features = self.encoder(images)
         if not self.variational:
@@ -67,11 +67,11 @@ class EncoderDecoder(ImageModel):
         """Latents or codes (B, h, w, D), labels (B,) int64 → images (B, C, H, W) in [0, 1]."""
         if self.classes:
             # (B, h, w, classes)
-            ones = self._one_hot(labels)[:, None, None].expand(*latents.shape[:3], -1)
+            ones = self._one_hot(labels, latents)[:, None, None].expand(*latents.shape[:3], -1)
             latents = torch.cat([latents, ones], -1)
         return losses.in_float32(self.decoder(latents)).sigmoid()
 
-    def _one_hot(self, labels: Tensor | None) -> Tensor:
+    def _one_hot(self, labels: Tensor | None, like: Tensor) -> Tensor:
         if labels is None:
             raise ValueError(f"labels: a model of {self.classes} classes needs them, got None")
-        return one_hot(labels, self.classes).float()
+        return one_hot(labels, self.classes).to(like.dtype)

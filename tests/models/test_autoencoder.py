@@ -157,6 +157,13 @@ def test_the_label_reaches_both_losses(images, labels):
     assert one["reconstruction_error"] != other["reconstruction_error"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_labels_follow_a_converted_model(images, labels, dtype):
+    model = build(classes=CLASSES).to(dtype)
+    loss = model(images.to(dtype), labels).losses["loss"]
+    assert loss.isfinite() and model.encode(images.to(dtype), labels).z.dtype == dtype
+
+
 def test_a_missing_label_is_an_error(images):
     model = build(classes=CLASSES)
     for call in (model, model.evaluate, model.encode):
