@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ def check_counts(least: int, **options: int | None) -> None:
     for name, value in options.items():
         if value is None:
             continue
-        if not isinstance(value, int):
+        if not isinstance(value, Integral) or isinstance(value, bool):
             raise TypeError(f"{name} must be a whole number, got {value!r}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")

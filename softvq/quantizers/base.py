@@ -79,11 +79,11 @@ class Quantizer(KeepsFloat32):
         check_temperatures(entropy_temperature=entropy_temperature)
         if codebook_dim is None and dim % heads:
             raise ValueError(f"dim {dim} does not divide into {heads} heads; give codebook_dim")
-        self.dim = dim
-        self.codebook_size = codebook_size
-        self.codebook_dim = dim // heads if codebook_dim is None else codebook_dim
-        self.heads = heads
-        self.codebooks = heads if separate_codebook_per_head else 1
+        self.dim = int(dim)
+        self.codebook_size = int(codebook_size)
+        self.codebook_dim = int(dim // heads if codebook_dim is None else codebook_dim)
+        self.heads = int(heads)
+        self.codebooks = self.heads if separate_codebook_per_head else 1
         self.accept_image_fmap = accept_image_fmap
         self.channel_last = channel_last and not accept_image_fmap
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
@@ -93,9 +93,9 @@ class Quantizer(KeepsFloat32):
         self.entropy_weight = entropy_weight
         self.entropy_temperature = entropy_temperature
 
-        inner = self.codebook_dim * heads
-        self.project_in = nn.Linear(dim, inner) if inner != dim else nn.Identity()
-        self.project_out = nn.Linear(inner, dim) if inner != dim else nn.Identity()
+        inner = self.codebook_dim * self.heads
+        self.project_in = nn.Linear(self.dim, inner) if inner != dim else nn.Identity()
+        self.project_out = nn.Linear(inner, self.dim) if inner != dim else nn.Identity()
         # 0 or 1, and not a bool, for averages of models subtract their buffers.
         self.register_buffer("initialised", torch.tensor(float(not kmeans_init)))
         self._is_initialised = not kmeans_init  # known to be, without waiting for a GPU

@@ -1,5 +1,6 @@
 """What all quantizers share: the call, layouts, heads, codes and indices, compiling."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -284,6 +285,7 @@ def test_indices_of_any_whole_number():
     [
         ({"dim": 0}, ValueError, "dim must be at least 1, got 0"),
         ({"heads": 2.0}, TypeError, "heads must be a whole number, got 2.0"),
+        ({"heads": True}, TypeError, "heads must be a whole number, got True"),
         ({"heads": 4}, ValueError, "dim 6 does not divide into 4 heads; give codebook_dim"),
         ({"kmeans_iters": -1}, ValueError, "kmeans_iters must be at least 0, got -1"),
         ({"entropy_weight": -1.0}, ValueError, "entropy_weight must be .* got -1.0"),
@@ -295,6 +297,13 @@ def test_indices_of_any_whole_number():
 def test_bad_options_are_named(kind, options, error, message):
     with pytest.raises(error, match=message):
         kind(**{"dim": DIM, "codebook_size": CODES} | options)
+
+
+@each
+def test_sizes_may_be_numpys_whole_numbers(kind):
+    vq = kind(np.int64(DIM), np.int32(CODES), codebook_dim=np.int64(4), heads=np.int16(2))
+    quantized, indices, _ = vq(torch.randn(5, DIM))
+    assert quantized.shape == (5, DIM) and indices.shape == (5, 2)
 
 
 @pytest.mark.parametrize(
