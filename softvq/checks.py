@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,32 +24,32 @@ def check_counts(least: int, **options: int | None) -> None:
 
 
 def check_positive(**options: float) -> None:
-    """Finite numbers above 0. Raises ValueError."""
-    for name, value in options.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a finite number above 0, got {value}")
+    """Finite numbers above 0. Raises TypeError or ValueError."""
+    _check_numbers("a finite number above 0", lambda x: 0 < x < math.inf, options)
 
 
 def check_temperatures(**options: float) -> None:
-    """Divisors of squared distances. Raises ValueError."""
-    for name, value in options.items():
-        if not LEAST_TEMPERATURE <= value <= LARGEST_TEMPERATURE:
-            raise ValueError(
-                f"{name} must be from {LEAST_TEMPERATURE} to {LARGEST_TEMPERATURE}, got {value}"
-            )
+    """Divisors of squared distances. Raises TypeError or ValueError."""
+    what = f"a number from {LEAST_TEMPERATURE} to {LARGEST_TEMPERATURE}"
+    _check_numbers(what, lambda x: LEAST_TEMPERATURE <= x <= LARGEST_TEMPERATURE, options)
 
 
 def check_weights(**options: float) -> None:
-    """Finite numbers from 0 up. Raises ValueError."""
-    for name, value in options.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be a finite number from 0 up, got {value}")
+    """Finite numbers from 0 up. Raises TypeError or ValueError."""
+    _check_numbers("a finite number from 0 up", lambda x: 0 <= x < math.inf, options)
 
 
 def check_decay(decay: float) -> None:
-    """What a running mean keeps of itself. Raises ValueError."""
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay must be a number from 0 up, below 1, got {decay}")
+    """What a running mean keeps of itself. Raises TypeError or ValueError."""
+    _check_numbers("a number from 0 up, below 1", lambda x: 0 <= x < 1, {"decay": decay})
+
+
+def _check_numbers(what: str, fits: Callable[[Any], bool], options: dict[str, object]) -> None:
+    for name, value in options.items():
+        if not isinstance(value, (Real, Tensor)):
+            raise TypeError(f"{name} must be {what}, got {value!r}")
+        if not fits(value):
+            raise ValueError(f"{name} must be {what}, got {value}")
 
 
 def check_floating(**tensors: object) -> None:
@@ -68,6 +69,19 @@ def check_integers(**tensors: object) -> None:
 def check_dtype(dtype: torch.dtype, **tensors: object) -> None:
     """Tensors of this dtype. Raises TypeError."""
     _check_tensors(f"a tensor of {dtype}", lambda x: x.dtype == dtype, tensors)
+
+
+def check_indices(least: int, size: int, indices: Tensor) -> None:
+    """Indices in [least, size), where they may be read. Raises ValueError."""
+    if may_read(indices) and indices.numel():
+        low, high = (int(x) for x in indices.aminmax())
+        if low < least or high >= size:
+            raise ValueError(f"indices must lie in [{least}, {size}), got {low} to {high}")
+
+
+def may_read(x: Tensor) -> bool:
+    """Reading a GPU tensor would stall the stream, and reading at all would break a graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_tensors(what: str, fits: Callable[[Tensor], bool], tensors: dict[str, object]) -> None:

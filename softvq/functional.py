@@ -6,7 +6,14 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from softvq.checks import check_choice, check_dtype, check_floating, check_temperatures
+from softvq.checks import (
+    check_choice,
+    check_dtype,
+    check_floating,
+    check_indices,
+    check_temperatures,
+    may_read,
+)
 from softvq.kernels import autograd, operators, reference, support
 from softvq.kernels.dtypes import accumulation_dtype
 
@@ -62,7 +69,7 @@ def soft_quantize(
             The other backends ignore it.
 
     Raises:
-        TypeError: a tensor that is not floating point.
+        TypeError: a tensor that is not floating point, a temperature that is no number.
         ValueError: a shape, a temperature or a name that is not allowed, or tensors that
             backend="triton" cannot take.
 
@@ -183,11 +190,8 @@ def code_sums(
             f"indices must have the shape of z without its last dimension, {tuple(z.shape[:-1])}; "
             f"got {tuple(indices.shape)}"
         )
+    check_indices(0, codebook_size, indices)
     rows, indices = z.reshape(-1, z.shape[-1]), indices.reshape(-1)
-    if _may_read(indices) and len(indices):
-        low, high = (int(x) for x in indices.aminmax())
-        if low < 0 or high >= codebook_size:
-            raise ValueError(f"indices must lie in [0, {codebook_size}), got {low} to {high}")
     backend = _choose_backend(z, backend, support.obstacle(z))
     return operators.code_sums(rows, indices, codebook_size, backend)
 
@@ -277,17 +281,12 @@ def _temperature_tensor(temperature: float | Tensor, z: Tensor) -> Tensor:
                 "temperature must be a number or a 0-d floating-point tensor, got "
                 f"shape {tuple(temperature.shape)}, {temperature.dtype}"
             )
-        if _may_read(temperature):
+        if may_read(temperature):
             check_temperatures(temperature=temperature.item())
         return temperature.to(z.device)
     check_temperatures(temperature=temperature)
     dtype = torch.promote_types(z.dtype, torch.float32)
     return torch.full((), temperature, dtype=dtype, device=z.device)
-
-
-def _may_read(x: Tensor) -> bool:
-    """Reading a GPU tensor would stall the stream, and reading at all would break a graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _as_rows(output: Tensor, z: Tensor, codebook: Tensor) -> Tensor:

@@ -300,7 +300,9 @@ def test_no_rows(backend):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"temperature": 0.0}, ValueError, r"temperature must be from 1e-20 to 1e\+20, got 0\.0"),
+        ({"temperature": 0.0}, ValueError, r"temperature .* from 1e-20 to 1e\+20, got 0\.0"),
+        ({"temperature": None}, TypeError, "temperature must be a number from .* got None"),
+        ({"temperature": "1"}, TypeError, "temperature must be a number from .* got '1'"),
         ({"temperature": torch.tensor(2.0**70)}, ValueError, "temperature .* got 1.18"),
         ({"temperature": 1e-21}, ValueError, "temperature .* got 1e-21"),
         ({"temperature": -1}, ValueError, "temperature .* got -1"),

@@ -112,8 +112,10 @@ class Quantizer(KeepsFloat32):
         return self.codebook_parameter
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # nn.Module would take a parameter for a new one of its own, not for codes to copy.
-        super().__setattr__(name, value.detach() if name == "codebook" else value)
+        if name == "codebook":
+            check_floating(codebook=value)
+            value = value.detach()  # nn.Module would take a parameter for a new one of its own
+        super().__setattr__(name, value)
 
     @property
     def codebook(self) -> Tensor:
@@ -258,8 +260,8 @@ class Quantizer(KeepsFloat32):
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """The nearest codes as forward returns them: projected, in the input's layout; 0 for −1."""
-        masked = indices < 0 if self.heads == 1 else (indices < 0).all(-1)
         output = self._outputs(self.get_codes_from_indices(indices).to(self.converted_to))
+        masked = indices < 0 if self.heads == 1 else (indices < 0).all(-1)
         return self._to_input_layout(output.masked_fill(masked[..., None], 0))
 
     def _latents(self, x: Tensor) -> Tensor:
@@ -268,8 +270,7 @@ class Quantizer(KeepsFloat32):
         z = z if self.heads == 1 else z.unflatten(-1, (self.heads, self.codebook_dim))
         if not self.use_cosine_sim:
             return z
-        precise = z.to(torch.promote_types(z.dtype, torch.float32))
-        return normalize(precise, dim=-1).to(z.dtype)
+        return normalize(losses.in_float32(z), dim=-1).to(z.dtype)
 
     def _outputs(self, codes: Tensor) -> Tensor:
         """(..., dim) of codes (..., D), with heads (..., heads, D)."""
@@ -280,8 +281,7 @@ class Quantizer(KeepsFloat32):
 
     def _by_codebook(self, z: Tensor) -> Tensor:
         """Latents (..., [heads,] *) as (codebooks, n, *): the rows that each codebook sees."""
-        rows = z.reshape(-1, self.codebooks, z.shape[-1])
-        return rows.transpose(0, 1)
+        return z.reshape(-1, self.codebooks, z.shape[-1]).transpose(0, 1)
 
     def _check_input(self, x: Tensor) -> None:
         check_floating(x=x)

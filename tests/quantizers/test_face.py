@@ -123,6 +123,8 @@ def test_codes_are_read_and_written(kind):
     assert torch.equal(found[0, 1], torch.zeros(DIM))  # -1, a masked position
     with pytest.raises(ValueError, match=r"codebook must be \(10, 6\), got \(9, 6\)"):
         vq.codebook = codes[1:]
+    with pytest.raises(TypeError, match="codebook must be a floating-point tensor, got a list"):
+        vq.codebook = codes.tolist()
 
 
 @each
@@ -275,6 +277,8 @@ def test_indices_of_any_whole_number():
     for dtype in (torch.bool, torch.float32):
         with pytest.raises(TypeError, match=f"indices must be whole numbers, got {dtype}"):
             vq.get_codes_from_indices(indices.to(dtype))
+    with pytest.raises(TypeError, match="indices must be whole numbers, got a list"):
+        vq.get_output_from_indices([1, 0, 2])
     with pytest.raises(ValueError, match=r"\(\.\.\., heads\) with heads = 3, got \(4, 2\)"):
         layer(VQ, **SEPARATE).get_output_from_indices(torch.zeros(4, 2, dtype=torch.int64))
 
@@ -287,6 +291,8 @@ def test_indices_of_any_whole_number():
         ({"heads": 2.0}, TypeError, "heads must be a whole number, got 2.0"),
         ({"heads": True}, TypeError, "heads must be a whole number, got True"),
         ({"heads": 4}, ValueError, "dim 6 does not divide into 4 heads; give codebook_dim"),
+        ({"entropy_weight": None}, TypeError, "entropy_weight must be a finite .* got None"),
+        ({"entropy_temperature": "1"}, TypeError, "entropy_temperature must be a .* got '1'"),
         ({"kmeans_iters": -1}, ValueError, "kmeans_iters must be at least 0, got -1"),
         ({"entropy_weight": -1.0}, ValueError, "entropy_weight must be .* got -1.0"),
         ({"entropy_temperature": 0.0}, ValueError, "entropy_temperature must be .* got 0.0"),

@@ -165,7 +165,7 @@ def test_the_temperature_is_a_buffer_that_can_be_set():
     for value in (0.3, torch.tensor(0.3)):
         vq.set_temperature(value)
         assert vq.temperature.item() == pytest.approx(0.3) and vq.log_temperature is held
-    with pytest.raises(ValueError, match=r"temperature must be from .* got 0"):
+    with pytest.raises(ValueError, match=r"temperature must be a number from .* got 0"):
         vq.set_temperature(0)
 
 

@@ -41,6 +41,19 @@ def test_masked_positions_do_not_count():
     assert torch.equal(restart.share, torch.tensor([0.25, 0.75]))
 
 
+@pytest.mark.parametrize(
+    ("indices", "error", "message"),
+    [
+        ([0.0, 1.0], TypeError, "indices must be a tensor of torch.int64, got torch.float32"),
+        ([0, 2], ValueError, r"indices must lie in \[-1, 2\), got 0 to 2"),
+        ([-2, 1], ValueError, r"indices must lie in \[-1, 2\), got -2 to 1"),
+    ],
+)
+def test_indices_that_are_none_are_refused(indices, error, message):
+    with pytest.raises(error, match=message):
+        DeadCodeRestart(2, THRESHOLD).update(torch.tensor(indices))
+
+
 def test_only_dead_codes_move_and_they_move_to_latents():
     restart, codebook = with_dead(1, 4)
     before, latents = codebook.clone(), torch.randn(2, 7, DIM)

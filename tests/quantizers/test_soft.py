@@ -256,7 +256,7 @@ def test_state_dict_holds_codes_and_temperature(learned):
         ({"estimator": "hard"}, "estimator must be one of soft, straight_through; got 'hard'"),
         ({"codebook_loss": "kl"}, "codebook_loss must be one of free_energy, .*; got 'kl'"),
         ({"learn_temperature": True}, "learn_temperature needs codebook_loss='likelihood'"),
-        ({"temperature": 0.0}, r"temperature must be from 1e-20 to 1e\+20, got 0\.0"),
+        ({"temperature": 0.0}, r"temperature must be a number from 1e-20 to 1e\+20, got 0\.0"),
         ({"temperature": -1.0}, "temperature .* got -1.0"),
         ({"temperature": float("nan")}, "temperature .* got nan"),
         ({"temperature": float("inf")}, "temperature .* got inf"),
