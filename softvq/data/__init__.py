@@ -16,6 +16,8 @@ from softvq.data.types import Batch, DataError, DataSplits, Images, ImageSet, So
 
 __all__ = [
     "DATASETS",
+    "DATA_DIR",
+    "DOWNLOADED",
     "Batch",
     "DataError",
     "DataSplits",
@@ -29,7 +31,9 @@ __all__ = [
     "load_images",
 ]
 
-DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10", "folder")
+DOWNLOADED = ("mnist", "fashion-mnist", "cifar10")
+DATASETS = ("digits", *DOWNLOADED, "folder")
+DATA_DIR = Path("data")  # of DOWNLOADED, where no other is given
 
 
 def load_data(
@@ -84,7 +88,7 @@ def _read(
     image_size: tuple[int, int] | None,
     reading: Reading,
 ) -> Source:
-    root = data_dir or Path("data")
+    root = data_dir or DATA_DIR
     match name:
         case "digits":
             return load_digits()

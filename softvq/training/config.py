@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from softvq.data import DATASETS
+from softvq.data import DATA_DIR, DATASETS, DOWNLOADED
 from softvq.functional import Estimator
 from softvq.models.networks import Architecture
 from softvq.models.soft_vqvae import Codes, DecoderInput
@@ -241,6 +241,7 @@ class TrainConfig:
         steps = self.steps or max(MIN_STEPS, EPOCHS * examples // batch_size)
         every = self.evaluate_every or max(1, steps // 20)
         grid, weight = self.latent_grid, self.reconstruction_weight
+        data_dir = self.data_dir or (DATA_DIR if self.data in DOWNLOADED else None)
         if image_shape is not None:
             one = self.architecture == "dense" or self.model in CONTINUOUS
             _, height, width = image_shape
@@ -250,7 +251,7 @@ class TrainConfig:
             self,
             latent_grid=grid,
             reconstruction_weight=weight,
-            data_dir=None if self.data_dir is None else self.data_dir.absolute(),
+            data_dir=None if data_dir is None else data_dir.absolute(),
             tokenizer=None if self.tokenizer is None else self.tokenizer.absolute(),
             steps=steps,
             batch_size=batch_size,

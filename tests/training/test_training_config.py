@@ -7,6 +7,7 @@ from typing import get_args, get_origin
 import pytest
 import torch
 
+from softvq.data import DATASETS
 from softvq.training.config import MODELS, TrainConfig, read_config, size_pair, torch_device
 from softvq.training.settings import ConfigError, describe_default, value_types
 
@@ -181,6 +182,13 @@ def test_resolved_leaves_nothing_open():
     assert config.data_dir == Path("pictures").absolute()
     assert config.image_size is None  # the images' own
     assert config.resolved(1000, (3, 30, 50)) == config
+
+
+@pytest.mark.parametrize("data", DATASETS)
+def test_resolved_knows_where_downloads_go(data):
+    """From any folder the run is then found with its images."""
+    place = None if data in ("digits", "folder") else Path("data").absolute()
+    assert TrainConfig(data=data).resolved(1000, (1, 28, 28)).data_dir == place
 
 
 def test_resolved_follows_the_data():
