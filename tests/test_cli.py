@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -244,6 +245,16 @@ def test_a_truncated_idx_file(tmp_path, capsys):
 def test_a_bad_configuration_file(text, message, capsys):
     Path("c.toml").write_text(text)
     assert refused(capsys, "train", "--config", "c.toml").startswith(message)
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def test_a_configuration_file_is_utf8_whatever_the_locale():
+    Path("c.toml").write_bytes("# größer\nsteps = 0\n".encode())
+    command = [sys.executable, ROOT / "train.py", "--config", "c.toml"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ASCII)
+    assert "c.toml: steps: 0 is not allowed" in done.stderr
 
 
 def test_a_run_is_not_overwritten_unasked(run, capsys):

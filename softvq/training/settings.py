@@ -90,7 +90,8 @@ def read_toml(path: Path, settings: type) -> dict[str, Any]:
     """
     kinds = value_types(settings)
     try:
-        values = tomllib.loads(path.read_text())
+        with path.open("rb") as file:  # TOML is UTF-8, whatever the locale
+            values = tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
