@@ -272,6 +272,21 @@ def test_overwriting_with_bad_data_loses_nothing(run, capsys):
     assert files(run) == before
 
 
+def test_a_path_in_utf8_whatever_the_locale(tmp_path):
+    pictures(tmp_path / "größer", [(8, 8)] * 20)
+    command = [sys.executable, ROOT / "train.py", "--data", "folder", "--data-dir", "größer"]
+    subprocess.run([*command, "--out", "run", *FAST], check=True, env=os.environ | ASCII)
+    assert main(["train", "--out", "run", "--resume", "--quiet"]) == 0
+    command = [sys.executable, "-m", "softvq", "eval", tmp_path / "run"]
+    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | ASCII)
+
+
+def test_a_run_folder_whose_name_is_no_text(run):
+    odd = run.rename(os.fsdecode(b"run\xff"))
+    for command, *options in (["train", "--resume", "--out"], ["eval"], ["report"]):
+        assert main([command, *options, str(odd)]) == 0
+
+
 @pytest.mark.parametrize("below", ["", "run"])
 def test_a_run_folder_that_cannot_be_made(below, tmp_path, capsys):
     (tmp_path / "file").write_text("here already")

@@ -2,10 +2,11 @@
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 from softvq.training.families import CONTINUOUS, GUMBEL, PRIOR
-from softvq.training.settings import ConfigError, check
+from softvq.training.settings import ConfigError, check, text_of
 
 # settings of the data set "folder": with others they have to be one of these
 OF_FOLDERS = {
@@ -36,6 +37,7 @@ def check_values(settings: Any) -> None:
     check(settings, "temperature", _is_temperature, "auto or a number from 1e-10 to 1e10")
     check(settings, "latent_grid image_size", _is_size, "a size such as 7 or 7x5")
     check(settings, "hidden", re.compile(r"[1-9]\d*(,[1-9]\d*)*").fullmatch, "such as 256,64")
+    check(settings, "data_dir tokenizer", _is_text, "a path in UTF-8, for config.toml to hold")
 
 
 def check_combinations(settings: Any) -> None:
@@ -85,6 +87,13 @@ def check_combinations(settings: Any) -> None:
             "codebook_loss: detached_quantizing_error stops the gradient to the encoder, so it "
             "cannot go with decoder_input = quantized"
         )
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        return bool(text_of(path))
+    except UnicodeDecodeError:
+        return False
 
 
 def _is_size(text: str) -> bool:

@@ -23,6 +23,7 @@ from softvq.training.settings import (
     fill_defaults,
     read_toml,
     setting,
+    text_of,
     value_types,
 )
 
@@ -266,7 +267,7 @@ class TrainConfig:
         values = dataclasses.asdict(self)
         return tomli_w.dumps(
             {
-                name: str(value) if isinstance(value, Path) else value
+                name: text_of(value) if isinstance(value, Path) else value
                 for name, value in values.items()
                 if value is not None
             }

@@ -4,14 +4,12 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from softvq.training.build import build_model
@@ -134,8 +132,7 @@ class RunFolder:
 
     def read_shape(self) -> dict[str, Any]:
         """What `model_bytes` was told of the data: a task's shape. Raises RunError."""
-        with self._weights() as file:
-            return _shape_in(file)
+        return self._weights()[0]
 
     def fingerprint(self) -> str:
         """Which model this is: a digest of its weights. Raises RunError."""
@@ -146,9 +143,7 @@ class RunFolder:
     def load_model(self, device: torch.device) -> nn.Module:
         """The best weights of the run, in eval mode. Raises RunError."""
         config = self.read_config()
-        with self._weights() as file:
-            shape = _shape_in(file)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        shape, tensors = self._weights()
         # A config.toml that was cut short leaves open what followed from the images.
         model = build_model(config.resolved(config.batch_size, shape.get("image_shape")), shape)
         try:
@@ -157,12 +152,11 @@ class RunFolder:
             raise RunError(f"{self.model}: does not fit the run's config.toml") from error
         return model.to(device).eval()
 
-    @contextmanager
-    def _weights(self) -> Iterator[safe_open]:
-        """The open file of the best weights. Raises RunError, also for what is read inside."""
+    def _weights(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The shape of the data, and the best weights. Raises RunError."""
         try:
-            with safe_open(self.model, "pt") as file:
-                yield file
+            data = self.model.read_bytes()  # safetensors opens no path that is not UTF-8
+            return _shape_in(data), load(data)
         except FileNotFoundError:
             raise RunError(f"{self.path}: no model.safetensors; the run has not finished") from None
         except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
@@ -175,6 +169,7 @@ def model_bytes(state: dict[str, Tensor], shape: dict[str, Any]) -> bytes:
     return save(tensors, {"shape": json.dumps(shape)})
 
 
-def _shape_in(file: safe_open) -> dict[str, Any]:
+def _shape_in(data: bytes) -> dict[str, Any]:
     """The shape of the data in a model.safetensors. Raises TypeError, KeyError, ValueError."""
-    return json.loads(file.metadata()["shape"])
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["shape"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import tomllib
 import types
 from collections import Counter
@@ -100,10 +101,20 @@ def read_toml(path: Path, settings: type) -> dict[str, Any]:
         if name not in kinds:
             raise ConfigError(f"{path}: unknown setting {name!r}{nearest_hint(name, kinds)}")
         if kinds[name] is Path and isinstance(value, str):
-            values[name] = Path(value)
+            values[name] = path_of(value)
         if kinds[name] is str and type(value) in (int, float):
             values[name] = str(value)  # latent_grid = 7, temperature = 0.5
     return values
+
+
+def text_of(path: Path) -> str:
+    """A path as TOML has it, in UTF-8 whatever the locale. Raises UnicodeDecodeError."""
+    return os.fsencode(path).decode()
+
+
+def path_of(text: str) -> Path:
+    """The path of `text_of`."""
+    return Path(os.fsdecode(text.encode()))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The settings: what is allowed, what is said about the rest, and the way to a file and back."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import get_args, get_origin
 
@@ -88,6 +89,19 @@ def test_every_setting_has_its_bad_value():
     assert {name for name, _ in BAD} | others | set(CHOICES) == {
         field.name for field in dataclasses.fields(TrainConfig)
     }
+
+
+def test_a_path_that_toml_cannot_hold(tmp_path, monkeypatch):
+    """Known before anything is done, also of a relative one."""
+    odd = tmp_path / os.fsdecode(b"dir\xff")
+    with pytest.raises(ConfigError, match=r"^data_dir: .* a path in UTF-8"):
+        TrainConfig(data="folder", data_dir=odd)
+    with pytest.raises(ConfigError, match=r"^tokenizer: .* a path in UTF-8"):
+        TrainConfig(model="pixelcnn", tokenizer=odd)
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    with pytest.raises(ConfigError, match=r"^data_dir: .* a path in UTF-8"):
+        TrainConfig(data="mnist").resolved(10, (1, 8, 8))
 
 
 @pytest.mark.parametrize(
