@@ -36,9 +36,9 @@ class Header(NamedTuple):
 def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     """All files under `folder` with these suffixes, those of pictures, at any depth, sorted.
 
-    Hidden files and folders (macOS leaves "._name.jpg" behind) are skipped, and links to folders
-    are not followed. Raises DataError when there is no such folder or no such file in it, and for
-    a folder below it that cannot be read.
+    Hidden files and folders (macOS leaves "._name.jpg" behind) are skipped; links are followed,
+    but for those back to a folder they lie in. Raises DataError when there is no such folder or no
+    such file in it, and for a folder below it that cannot be read.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give --data-dir a folder of images")
@@ -57,10 +57,17 @@ def _files_in(folder: Path) -> Iterator[Path]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from _files_in(folder / entry.name)
+            path = folder / entry.name
+            if entry.is_dir():
+                if not (entry.is_symlink() and _leads_back(path)):
+                    yield from _files_in(path)
             elif entry.is_file():
-                yield folder / entry.name
+                yield path
+
+
+def _leads_back(link: Path) -> bool:
+    """Whether it leads to a folder it lies in, or was reached through."""
+    return link.resolve() in {above.resolve() for above in link.absolute().parents}
 
 
 def read_header(file: Path | BinaryIO) -> Header:

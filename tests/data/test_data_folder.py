@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from softvq.data import DataError, find_images, load_data, load_images
+from softvq.data import DataError, Reading, find_images, load_data, load_images
 
 
 def save(path: Path, value: int = 0, *, size=(6, 4), mode: str = "L") -> Path:
@@ -162,6 +162,36 @@ def test_find_images_knows_formats_and_skips_the_rest(tmp_path):
     (tmp_path / "folder.png").mkdir()
     assert find_images(tmp_path) == wanted
     assert load_images(wanted, (1, 4, 6)).shape == (7, 1, 4, 6)
+
+
+@pytest.mark.parametrize("reading", [Reading(), Reading(stream_above=-1, workers=2)])
+def test_links_to_folders_are_followed(zoo, tmp_path_factory, reading):
+    linked = tmp_path_factory.mktemp("linked")
+    (linked / "bee").symlink_to(zoo / "bee")
+    (linked / "wasp").symlink_to(zoo / "ant")
+    splits = load_data("folder", linked, reading=reading)
+    assert splits.class_names == ("bee", "wasp")
+    found = [list(part.load([torch.arange(len(part))], torch.device("cpu"))) for part in splits[:3]]
+    found = {
+        (int(image[0, 0, 0]), splits.class_names[label])
+        for ((images, labels),) in found
+        for image, label in zip(images, labels, strict=True)
+    }
+    assert found == {(n, "wasp" if n < 10 else "bee") for n in range(20)}
+
+
+def test_links_that_lead_back_are_not_followed(zoo, monkeypatch):
+    wanted = find_images(zoo)
+    (zoo / "ant" / "all").symlink_to(zoo)
+    (zoo / "bee" / "deeper" / "up").symlink_to("..")
+    (zoo / "above").symlink_to(zoo.parent)
+    assert find_images(zoo) == wanted
+    monkeypatch.chdir(zoo)
+    assert len(find_images(Path("bee"))) == 10
+    (zoo / "ant" / "all").unlink()
+    (zoo / "ant" / "bees").symlink_to(zoo / "bee")
+    (zoo / "bee" / "ants").symlink_to(zoo / "ant")
+    assert len(find_images(zoo)) == len(wanted) + 20  # each once more, and not again
 
 
 def test_a_folder_that_may_not_be_read_is_not_passed_over(zoo, monkeypatch):
