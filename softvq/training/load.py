@@ -19,8 +19,12 @@ from softvq.training.task import Task
 
 
 def check_apart(config: TrainConfig, out: Path) -> None:
-    """Raise RunError for a run folder whose pictures would be among the run's own images."""
+    """Raise RunError for a run folder that is the tokenizer's, or lies among the run's images."""
     if config.model in PRIOR:
+        if out.resolve() == config.tokenizer.resolve():
+            raise RunError(
+                f"{out}: is the tokenizer's own run folder; choose another one with --out"
+            )
         config = RunFolder(config.tokenizer).read_config()
     if config.data == "folder" and config.data_dir and is_among(config.data_dir, out):
         raise RunError(

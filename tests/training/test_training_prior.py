@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -217,6 +218,16 @@ def test_a_tokenizer_that_is_not_there_is_refused(tmp_path, refused):
     (tmp_path / "begun" / "config.toml").write_text(TrainConfig(model="vqvae").to_toml())
     line = refused(tmp_path / "begun")
     assert line == f"{tmp_path}/begun: no model.safetensors; the run has not finished"
+
+
+def test_a_prior_does_not_take_the_place_of_its_tokenizer(tiny_runs, tmp_path, capsys):
+    run = shutil.copytree(tiny_runs("vqvae"), tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    arguments = ["train", "--model", "pixelcnn", "--tokenizer", str(run), "--overwrite", "--out"]
+    with pytest.raises(SystemExit):
+        main([*arguments, str(run / ".." / "run")])
+    assert "run: is the tokenizer's own run folder; choose another" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_a_tokenizer_that_has_gone_since_is_named_by_eval(tiny_runs, tmp_path, capsys):
