@@ -135,8 +135,8 @@ class TrainConfig:
     commitment_weight: float | None = setting(
         each(SOFT, 0.0, vqvae=0.25, vqvae_ema=0.25, vqvae2=0.25),
         "losses",
-        "weight of ‖z−sg[code]‖²; for soft-vqvae the share of the codebook loss's gradient "
-        "that reaches the latents",
+        "weight of ‖z−sg[code]‖²; for a soft-vqvae whose decoder reads q the share of the codebook "
+        "loss's gradient that reaches the latents",
     )
     entropy_weight: float | None = setting(
         each(QUANTISED, 0.0),
@@ -164,7 +164,8 @@ class TrainConfig:
     temperature_ratio: str | None = setting(
         each(SOFT, "auto", vqvae_gumbel="0.1"),
         "temperature",
-        "T at the end over T at the start, or auto: ends where T/2 is the codes' own error",
+        "T at the end over T at the start, where it falls; auto: ends where T/2 is the codes' own "
+        "error",
     )
 
     steps: int | None = setting(
