@@ -32,7 +32,8 @@ class BadPictures:
             named = _listed([f"{name}: {problem}" for name, problem in problems.items()], "; ")
             them = "it" if len(problems) == 1 else "them"
             raise DataError(
-                f"{named}; repair or remove {them}, or leave {them} out with --on-bad-image skip"
+                f"{named}; repair or remove {them}; softvq train leaves {them} out with "
+                "--on-bad-image skip"
             )
         self._names |= dict.fromkeys(problems)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from softvq.training.codes import (
 from softvq.training.config import PRIOR, torch_device
 from softvq.training.evaluation import batch_size, evaluate, to_pixels
 from softvq.training.files import check_place, write_text
-from softvq.training.origin import check_data
+from softvq.training.origin import check_data, images_of
 from softvq.training.pictures import save_rows
 from softvq.training.prior import decoded_samples, prior_metrics
 from softvq.training.run_folder import RunError, RunFolder
@@ -42,16 +43,22 @@ def evaluate_run(run: RunFolder, split: str, data_dir: Path | None = None) -> di
     source = run  # of the images
     if isinstance(model, CodePrior):
         source = RunFolder(run.read_config().tokenizer)
+        if not source.config.exists():
+            raise RunError(
+                f"{source.path}: no run there, the tokenizer of {run.path}; where it has moved, "
+                f"name the place with softvq train --out {run.path} --resume --tokenizer"
+            )
         check_prior(run, source)
     moved = {} if data_dir is None else {"data_dir": data_dir}
-    images = build_data(dataclasses.replace(source.read_config(), **moved))
-    check_data(run, model, images)
-    if isinstance(model, CodePrior):
-        tokenizer = load_tokenizer(source, device)
-        codes = encode_splits(tokenizer, images, device)
-        values = prior_metrics(model, tokenizer, images, codes, split, device)
-    else:
-        values = evaluate(model, getattr(images, split), device).values
+    with images_of(source):
+        images = build_data(dataclasses.replace(source.read_config(), **moved))
+        check_data(run, model, images)
+        if isinstance(model, CodePrior):
+            tokenizer = load_tokenizer(source, device)
+            codes = encode_splits(tokenizer, images, device)
+            values = prior_metrics(model, tokenizer, images, codes, split, device)
+        else:
+            values = evaluate(model, getattr(images, split), device).values
     path = run.path / f"eval-{split}.json"
     try:
         write_text(path, json.dumps(values, indent=2) + "\n")
@@ -101,16 +108,18 @@ def encode(run: RunFolder, data: str | None, data_dir: Path | None, out: Path) -
     check_place(out)
     changes = {} if data is None else {"data": data, "data_dir": None, **dict.fromkeys(OF_FOLDERS)}
     changes |= {} if data_dir is None else {"data_dir": data_dir}
-    splits = build_data(dataclasses.replace(config, **changes))
-    if data is None:
-        check_data(run, model, splits)
-    channels, *size = splits.image_shape
-    if size != list(model.image_shape[1:]) or channels > model.image_shape[0]:
-        raise DataError(
-            f"{data or config.data}: images of shape {splits.image_shape}, but the model is for "
-            f"{model.image_shape}"
-        )
-    write_codes(out, encode_splits(model, splits, device), run.fingerprint())
+    with images_of(run) if data is None else nullcontext():
+        splits = build_data(dataclasses.replace(config, **changes))
+        if data is None:
+            check_data(run, model, splits)
+        channels, *size = splits.image_shape
+        if size != list(model.image_shape[1:]) or channels > model.image_shape[0]:
+            raise DataError(
+                f"{data or config.data}: images of shape {splits.image_shape}, but the model is "
+                f"for {model.image_shape}"
+            )
+        codes = encode_splits(model, splits, device)
+    write_codes(out, codes, run.fingerprint())
     return out
 
 

@@ -11,7 +11,7 @@ from softvq.training.build import build_data
 from softvq.training.codes import load_tokenizer
 from softvq.training.config import PRIOR, TrainConfig
 from softvq.training.images import ImageTask
-from softvq.training.origin import check_data
+from softvq.training.origin import check_data, images_of
 from softvq.training.prior import PriorTask
 from softvq.training.progress import with_bar
 from softvq.training.run_folder import RunError, RunFolder
@@ -44,13 +44,14 @@ def load_task(
     if config.model in PRIOR:
         run = RunFolder(config.tokenizer)
         tokenizer = load_tokenizer(run, device)
-        with ranks.first_rank_first():  # it downloads, the others read
+        with images_of(run), ranks.first_rank_first():  # it downloads, the others read
             images = build_data(run.read_config(), watch)
         check_data(run, tokenizer, images)
         config = config.resolved(len(images.train))
         ranks.check_batch_size(config.batch_size)
         torch.manual_seed(config.seed)
-        return config, PriorTask(config, tokenizer, images, device, run.fingerprint())
+        with images_of(run):
+            return config, PriorTask(config, tokenizer, images, device, run.fingerprint())
     with ranks.first_rank_first():
         images = build_data(config, watch)
     config = config.resolved(len(images.train), images.image_shape)

@@ -1,9 +1,11 @@
 """A run belongs to the images, or codes, that it began with."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from softvq.data import DataSplits
+from softvq.data import DataError, DataSplits
 from softvq.models import CodePrior, ImageModel
 from softvq.training.run_folder import RunError, RunFolder
 from softvq.training.warn import warn
@@ -33,6 +35,18 @@ class Origin:
         for name, text in OTHERS.items():
             if state.get(name) != self.state.get(name):
                 raise RunError(f"{self.run}: {text}, or start anew with --overwrite")
+
+
+@contextmanager
+def images_of(run: RunFolder) -> Iterator[None]:
+    """Have a DataError about the images of a finished run say where options for them go."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(
+            f"{error} (options for the images of {run.path} go to softvq train --out {run.path} "
+            "--resume)"
+        ) from error
 
 
 def check_data(run: RunFolder, model: ImageModel | CodePrior, images: DataSplits) -> None:

@@ -13,6 +13,7 @@ from softvq.training.trainer import train
 from tests.pictures import paint, picture
 
 TINY = ("--steps", "4", "--width", "2", "--latent-dim", "3", "--batch-size", "8", "--quiet")
+FEW = ("--steps", "2", "--width", "4", "--layers", "1", "--quiet")  # of a prior
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +24,7 @@ def trained(tmp_path_factory):
     data = ("--data", "folder", "--data-dir", str(folder / "pictures"), "--workers", "0", *TINY)
     for model in ("cvae", "vqvae"):
         assert main(["train", "--model", model, *data, "--out", str(folder / model)]) == 0
-    prior = ("--tokenizer", str(folder / "vqvae"), "--steps", "2", "--width", "4", "--quiet")
-    prior = (*prior, "--layers", "1", "--out", str(folder / "pixelcnn"))
+    prior = ("--tokenizer", str(folder / "vqvae"), "--out", str(folder / "pixelcnn"), *FEW)
     assert main(["train", "--model", "pixelcnn", *prior]) == 0
     return folder
 
@@ -140,11 +140,38 @@ def test_a_run_follows_its_images_and_remembers_where_they_are(folder, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("command", ["eval", "encode", "train", "eval the prior"])
+def test_what_helps_when_images_are_gone_or_torn(command, folder, capsys):
+    settle(folder)
+    run, moved = folder / "vqvae", folder / "moved"
+    torn = moved / "ant" / "000.png"
+    arguments = {
+        "eval": ("eval", run),
+        "encode": ("encode", run, "-o", folder / "codes.npz"),
+        "train": ("train", "--model", "pixelcnn", "--tokenizer", run, "--out", folder / "new"),
+        "eval the prior": ("eval", folder / "pixelcnn"),
+    }[command]
+    for change, *helps in (
+        (lambda: (folder / "pictures").rename(moved), "--data-dir", moved),
+        (lambda: torn.write_bytes(torn.read_bytes()[:-60]), "--on-bad-image", "skip"),
+    ):
+        change()
+        error = refused(capsys, *arguments)
+        advice = f"softvq train --out {run} --resume"
+        assert error.endswith(f" (options for the images of {run} go to {advice})\n")
+        again = ("train", "--out", run, "--resume", "--quiet", *helps)
+        assert main([*map(str, again)]) == 0
+    assert main([*map(str, arguments), *(FEW if command == "train" else ())]) == 0
+
+
 def test_a_prior_follows_its_tokenizer(folder, capsys):
     settle(folder)
     moved = (folder / "vqvae").rename(folder / "moved")
     again = ("train", "--resume", "--out", str(folder / "pixelcnn"), "--quiet")
     assert "no run there" in refused(capsys, *again)
+    error = refused(capsys, "eval", folder / "pixelcnn")
+    assert f"vqvae: no run there, the tokenizer of {folder / 'pixelcnn'}; where it has " in error
+    assert error.endswith(f" softvq train --out {folder / 'pixelcnn'} --resume --tokenizer\n")
     assert main([*again, "--tokenizer", str(moved)]) == 0
     assert RunFolder(folder / "pixelcnn").read_config().tokenizer == moved
     assert main(["eval", str(folder / "pixelcnn"), "--data-dir", str(folder / "pictures")]) == 0

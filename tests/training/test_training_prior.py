@@ -239,9 +239,8 @@ def test_a_tokenizer_that_has_gone_since_is_named_by_eval(tiny_runs, tmp_path, c
     with pytest.raises(SystemExit) as caught:
         main(["eval", str(run.path)])
     assert caught.value.code == 2
-    assert capsys.readouterr().err == (
-        f"softvq eval: error: {tmp_path}/gone: no run there (no config.toml)\n"
-    )
+    line = f"softvq eval: error: {tmp_path}/gone: no run there, the tokenizer of {run.path}; "
+    assert capsys.readouterr().err.startswith(line)
 
 
 def test_the_order_0_bits_of_known_codes():
