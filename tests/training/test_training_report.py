@@ -171,6 +171,10 @@ def test_the_gap_has_a_curve_beside_both_errors(finished: Path) -> None:
     assert "Not recorded" not in page.text  # by a run that has finished
 
 
+def test_the_axis_that_is_logarithmic_is_named(finished: Path) -> None:
+    assert report(finished).text.count("step · vertical scale logarithmic") == 3
+
+
 def charts_of(page: Page) -> list[str]:
     labels = [a["aria-label"] for tag, a in page.tags if tag == "svg" and "aria-label" in a]
     return [label.split(".")[0] for label in labels]
