@@ -158,8 +158,10 @@ def sample(
     """
     if count < 1:
         raise ConfigError(f"count: {count} is not allowed; it must be at least 1")
-    if temperature is not None and not 0 < temperature < float("inf"):
-        raise ConfigError(f"temperature: {temperature} is not allowed; it must be above 0")
+    if temperature is not None and not 1e-10 <= temperature <= 1e10:
+        raise ConfigError(
+            f"temperature: {temperature} is not allowed; it must be from 1e-10 to 1e10"
+        )
     if not 0 <= seed < 2**32:
         raise ConfigError(f"seed: {seed} is not allowed; it must be from 0 to 2^32 − 1")
     device = torch_device()

@@ -125,7 +125,8 @@ def sample_into(folder, run, prior=None, count=2, class_name=None, temperature=N
     [
         ("vae", {"count": 0}, "^count: 0 is not allowed; it must be at least 1"),
         ("vae", {"count": -3}, "^count: -3 is not allowed"),
-        ("vae", {"temperature": 0.0}, r"^temperature: 0\.0 is not allowed; it must be above 0"),
+        ("vae", {"temperature": 0.0}, r"^temperature: 0\.0 is not allowed; it must be from"),
+        ("vae", {"temperature": 1e-39}, r"^temperature: 1e-39 is not allowed"),
         ("vae", {"temperature": -1.0}, r"^temperature: -1\.0 is not allowed"),
         ("vae", {"temperature": float("nan")}, "^temperature: nan is not allowed"),
         ("vae", {"temperature": float("inf")}, "^temperature: inf is not allowed"),
