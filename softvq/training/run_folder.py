@@ -145,10 +145,11 @@ class RunFolder:
         config = self.read_config()
         shape, tensors = self._weights()
         # A config.toml that was cut short leaves open what followed from the images.
-        model = build_model(config.resolved(config.batch_size, shape.get("image_shape")), shape)
+        config = config.resolved(config.batch_size, shape.get("image_shape"))
         try:
+            model = build_model(config, shape)
             model.load_state_dict(tensors)
-        except RuntimeError as error:
+        except (RuntimeError, KeyError) as error:
             raise RunError(f"{self.model}: does not fit the run's config.toml") from error
         return model.to(device).eval()
 

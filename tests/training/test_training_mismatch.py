@@ -84,6 +84,13 @@ def test_the_temperature_of_a_prior_is_refused_where_there_is_none(tiny_runs, tm
     assert "temperature" in error and not out.exists()
 
 
+def test_the_weights_of_a_prior_in_the_run_of_an_image_model(tiny_runs, tmp_path):
+    run = RunFolder(shutil.copytree(tiny_runs("vqvae"), tmp_path / "run"))
+    shutil.copy(tiny_runs("pixelcnn") / "model.safetensors", run.model)
+    with pytest.raises(RunError, match=r"model\.safetensors: does not fit the run's config\.toml"):
+        evaluate_run(run, "test")
+
+
 def test_a_report_between_training_line_and_validation(tmp_path):
     from softvq.training.report import write_report
 
