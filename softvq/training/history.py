@@ -21,7 +21,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
 def _parsed(text: str) -> dict[str, Any] | None:
     try:
         match json.loads(text):
-            case {"step": int(), "split": str(), **_values} as line:
+            case {"step": int(), "split": str(), **values} as line if are_metrics(values):
                 return line
     except ValueError:
         pass
@@ -39,6 +39,13 @@ def read_history(path: Path) -> tuple[History, int]:
         step, split = line.pop("step"), line.pop("split")
         history.setdefault(split, {}).setdefault(step, {}).update(with_nan(line))
     return history, unreadable
+
+
+def are_metrics(values: Any) -> bool:
+    """Whether it is numbers by name; null is one, as `with_nan` says."""
+    return isinstance(values, dict) and all(
+        isinstance(value, int | float | None) for value in values.values()
+    )
 
 
 def with_nan(values: dict[str, float | None]) -> Metrics:

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from softvq.training.curves import Chart, Points, Scale, draw_chart, number
 from softvq.training.files import replacing
-from softvq.training.history import History, Metrics, read_history, with_nan
+from softvq.training.history import History, Metrics, are_metrics, read_history, with_nan
 from softvq.training.run_folder import RunFolder
 
 SOFT, HARD = "reconstruction_quantizing_error", "reconstruction_hard_error"
@@ -133,7 +133,10 @@ def write_report(run: Path) -> Path:
 
 def _read_summary(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text("utf-8"))
+        match json.loads(path.read_text("utf-8")):
+            case dict() as summary if are_metrics(summary.get("test", {})):
+                return summary
+        raise ValueError("not the summary of a run")
     except ValueError as error:
         raise ValueError(
             f"{path}: cannot be read ({error}); make it anew with softvq train --out "

@@ -342,7 +342,8 @@ def test_a_resumed_run_keeps_the_later_value_of_a_step(tmp_path: Path) -> None:
     assert unreadable == 1
 
 
-TORN = ['{"step', "", "7", "null", '["step"]', '{"loss": 1}', '{"step": 1, "split": 2}', "\\xff"]
+TORN = ['{"step', "", "7", "null", '["step"]', '{"loss": 1}', '{"step": 1, "split": 2}', "\\xff",
+        '{"step": 1, "split": "train", "loss": "abc"}']  # fmt: skip
 
 
 def test_lines_that_are_no_metrics_are_counted(tmp_path: Path) -> None:
@@ -353,7 +354,8 @@ def test_lines_that_are_no_metrics_are_counted(tmp_path: Path) -> None:
     write_report(tmp_path)
 
 
-def test_a_damaged_summary_is_named(finished: Path) -> None:
-    (finished / "summary.json").write_text('{"test": ')
+@pytest.mark.parametrize("text", ['{"test": ', "[]", '{"test": null}', '{"test": {"psnr": "x"}}'])
+def test_a_damaged_summary_is_named(finished: Path, text: str) -> None:
+    (finished / "summary.json").write_text(text)
     with pytest.raises(ValueError, match=f"^{re.escape(str(finished))}/summary.json: cannot be"):
         write_report(finished)
