@@ -36,7 +36,8 @@ def check_values(settings: Any) -> None:
     check(settings, "temperature_ratio", _is_ratio, "auto or a number from 1e-10 to 1")
     check(settings, "temperature", _is_temperature, "auto or a number from 1e-10 to 1e10")
     check(settings, "latent_grid image_size", _is_size, "a size such as 7 or 7x5")
-    check(settings, "hidden", re.compile(r"[1-9]\d*(,[1-9]\d*)*").fullmatch, "such as 256,64")
+    hidden = re.compile(r"[1-9]\d{0,13}(,[1-9]\d{0,13})*").fullmatch
+    check(settings, "hidden", hidden, "sizes below 10^14, such as 256,64")
     check(settings, "data_dir tokenizer", _is_text, "a path in UTF-8, for config.toml to hold")
 
 

@@ -37,7 +37,7 @@ BAD = [
     *(("temperature", value) for value in ("0", "-1", "1e-11", "nan", "inf", "warm", "", 2.0)),
     *(("latent_grid", value) for value in ("0", "7x", "7x0", "7x5x3", "-7", "", 7)),
     *(("image_size", value) for value in ("0x8", "big", 8)),
-    *(("hidden", value) for value in ("", "0", "256,", "256;64", "-1", 256)),
+    *(("hidden", value) for value in ("", "0", "256,", "256;64", "-1", "9" * 20, 256)),
     ("data_dir", 5),
     ("tokenizer", 5),
 ]
