@@ -164,8 +164,7 @@ class TrainConfig:
     temperature_ratio: str | None = setting(
         each(SOFT, "auto", vqvae_gumbel="0.1"),
         "temperature",
-        "T at the end over T at the start, where it falls; auto: ends where T/2 is the codes' own "
-        "error",
+        "T at the end over T at the start, if it falls; auto: ends where T/2 is the codes' error",
     )
 
     steps: int | None = setting(
@@ -235,10 +234,12 @@ class TrainConfig:
     def resolved(
         self, examples: int, image_shape: tuple[int, int, int] | None = None
     ) -> "TrainConfig":
-        """Fill what was left to the data: grid, steps, cadences. Nothing stays open.
+        """Fill what was left to the data: grid, steps, cadences. Raises ConfigError for 1 image.
 
         examples: in the training split. image_shape: of them, where they are images.
         """
+        if examples < 2:
+            raise ConfigError("data: 1 image to train on is too few; there must be at least 2")
         batch_size = min(self.batch_size, examples)
         steps = self.steps or max(MIN_STEPS, EPOCHS * examples // batch_size)
         every = self.evaluate_every or max(1, steps // 20)

@@ -213,6 +213,11 @@ def test_resolved_follows_the_data():
     assert dense.resolved(10, (1, 28, 28)).latent_grid == "1x1"
 
 
+def test_one_image_is_too_few():
+    with pytest.raises(ConfigError, match=r"^data: 1 image to train on is too few; .* at least 2"):
+        TrainConfig().resolved(1, (1, 8, 8))
+
+
 def test_resolved_keeps_what_was_given():
     given = TrainConfig(latent_grid="5", steps=30, evaluate_every=4, checkpoint_every=9)
     assert given.resolved(1000, (1, 28, 28)) == given
