@@ -91,13 +91,17 @@ def _members(path: Path) -> Looked:
             shard.fileobj.seek(shard.offset)
             if shard.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("it ends in the middle")
+            while rest := shard.fileobj.read(tarfile.RECORDSIZE):
+                if any(rest):
+                    raise tarfile.ReadError("more follows its end, as where tars were joined")
     except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: cannot read this tar shard ({error}); replace it with a whole one that is "
             "not compressed"
         ) from error
     if not entries:
-        raise DataError(f"{path}: no images in it; a sample is KEY{' or KEY'.join(SUFFIXES)}")
+        dots = f", without the other dot in {others[0]}" if others else ""
+        raise DataError(f"{path}: no images in it; a sample is KEY{' or KEY'.join(SUFFIXES)}{dots}")
     labelled = [
         entry._replace(label=labels.get(key, entry.label))
         for key, entry in zip(keys, entries, strict=True)

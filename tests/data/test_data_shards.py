@@ -107,6 +107,8 @@ def damage(path, how) -> None:
         case "a header":
             at = whole.rindex(b"9.png")
             path.write_bytes(whole[:at] + b"\1" * 512 + whole[at + 512 :])
+        case "joined":
+            path.write_bytes(whole + whole)
         case "empty":
             path.write_bytes(b"")
         case "no tar":
@@ -120,8 +122,8 @@ def damage(path, how) -> None:
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize(
     "how",
-    ["in a picture", "in a header", "after a picture", "a header", "empty", "no tar", "compressed",
-     "bad class"],
+    ["in a picture", "in a header", "after a picture", "a header", "joined", "empty", "no tar",
+     "compressed", "bad class"],
 )  # fmt: skip
 def test_a_damaged_shard_is_named(tmp_path, how, skip):
     for name in "abc":
@@ -135,5 +137,8 @@ def test_a_damaged_shard_is_named(tmp_path, how, skip):
 def test_a_shard_without_pictures_is_named(tmp_path):
     paint(tmp_path, 10)
     path = pack(tmp_path / "x.tar", {"1.cls": b"1", "1.txt": b"a cat"})
-    with pytest.raises(DataError, match=f"^{path}: no images in it"):
+    with pytest.raises(DataError, match=f"^{path}: no images in it; .* or KEY.tiff$"):
+        load(tmp_path)
+    pack(path, {"img.0.png": picture(0)})
+    with pytest.raises(DataError, match=r"no images in it; .*, without the other dot in img\.0"):
         load(tmp_path)
