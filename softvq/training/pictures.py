@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from matplotlib import get_data_path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from softvq.training.files import replacing
 
+FONT = Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # Pillow's own has Latin alone
 FONT_SIZE, MARGIN, GAP = 14, 10, 4  # pixels
 INK, FILL, EVEN = "#1f2933", "#3b6fb6", "#c2561a"
 
@@ -23,7 +25,7 @@ def save_rows(path: Path, rows: Sequence[tuple[str, Tensor]], *, image_size: int
     image_size: small images are enlarged by the whole factor that brings their longer side
     nearest to so many pixels; large ones stay as they are.
     """
-    font = ImageFont.load_default(FONT_SIZE)
+    font = ImageFont.truetype(FONT, FONT_SIZE)
     left = 2 * MARGIN + max(round(font.getlength(label)) for label, _ in rows)
     strips = [_strip(images, image_size) for _, images in rows]
     width = left + max(strip.width for strip in strips) + MARGIN

@@ -57,6 +57,15 @@ def test_images_stand_enlarged_by_whole_pixels_at_the_right_end(
     assert picture.shape[0] == 2 * MARGIN + 2 * side + GAP
 
 
+def test_labels_are_not_only_latin(tmp_path: Path) -> None:
+    """Letters that a font does not have all look the same."""
+    drawn = []
+    for label in "ЖЯα":
+        save_rows(tmp_path / "x.png", [(label, torch.zeros(1, 1, 8, 8))])
+        drawn.append(pixels(tmp_path / "x.png").tobytes())
+    assert len({*drawn}) == 3
+
+
 def test_each_row_has_a_label_at_its_left(tmp_path: Path) -> None:
     images = torch.ones(1, 3, 8, 8)  # as white as the page: only the labels are dark
     save_rows(tmp_path / "r.png", [("input", images), ("", images), ("codes", images)])
