@@ -20,7 +20,7 @@ from softvq.kernels.centre import centre_of
 from softvq.kernels.dtypes import accumulation_dtype
 
 BLOCK_ELEMENTS = 2**20  # rows × codes in one buffer: 4 MB of float32
-MIN_ROWS, MAX_ROWS = 32, 2048
+MIN_ROWS, MAX_ROWS = 32, 1024
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
 

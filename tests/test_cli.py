@@ -477,7 +477,7 @@ def test_the_other_commands_refuse(arguments, message, run, tmp_path, capsys):
         (("sample", "{vae}", "--count", "x", "-o", "d.png"), "argument --count: invalid int value"),
         (
             ("sample", "{vae}", "--temperature", "0", "-o", "d.png"),
-            "temperature: 0.0 is not allowed; it must be above 0",
+            "temperature: 0.0 is not allowed; it must be from 1e-10 to 1e10",
         ),
         (("sample", "{vae}"), "the following arguments are required: -o/--out"),
         (("sample", "{vae}", "-o", "gone/d.png"), "gone/d.png: No such file or directory"),
