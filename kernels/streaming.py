@@ -19,8 +19,8 @@ from torch.nn.functional import pad
 from softvq.kernels.centre import centre_of
 from softvq.kernels.dtypes import accumulation_dtype
 
-BLOCK_ELEMENTS = 2**20  # rows × codes in one buffer: 4 MB of float32
-MIN_ROWS, MAX_ROWS = 32, 1024
+BLOCK_ELEMENTS = 2**21  # rows × codes in one buffer: 8 MB of float32
+MIN_ROWS, MAX_ROWS = 32, 2048
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
 
@@ -72,9 +72,12 @@ class BlockSoftmax:
         distance = (latents - self.codebook[indices]).square_().sum(1)
         return -distance / self.temperature
 
-    def mean_score(self, probabilities: Tensor) -> Tensor:
-        """Σ_k p_k s_k relative to the best score, (R,), natural units."""
-        return LN_2 * torch.linalg.vecdot(probabilities, self.scores)
+    def weighted_score(self, weights: Tensor) -> Tensor:
+        """Σ_k w_k s_k of scores relative to the best, (R,), natural units, for w (R, K).
+
+        The scores are gone then: no other matrix of this size is allocated in the loop.
+        """
+        return LN_2 * self.scores.mul_(weights).sum(1)
 
     def score_gradients(self) -> Tensor:
         """A buffer (R, K) that follows the weights in memory, its content undefined."""
@@ -137,7 +140,7 @@ def soft_forward(
             quantized[h, block] = mean + softmax.centre
             indices[h, block] = best
             log_partition[h, block] = softmax.score_at(best, latents) + total.log()
-            entropy[h, block] = total.log() - softmax.mean_score(softmax.weights) / total
+            entropy[h, block] = total.log() - softmax.weighted_score(softmax.weights) / total
     return quantized, indices, log_partition, entropy, None
 
 
@@ -199,13 +202,8 @@ def soft_backward(
                 torch.addmm(usage_bias, g, softmax.codebook.T, beta=beta, out=e)
             if eta is not None:
                 e.addcmul_(softmax.scores, eta, value=-LN_2)
-            e.sub_(torch.linalg.vecdot(p, e)[:, None]).mul_(p)
-            if needs_temperature:
-                row = softmax.mean_score(e)
-                if lam is not None:
-                    best_score = softmax.score_at(softmax.indices(), latents)
-                    row += lam[:, 0] * (best_score + softmax.mean_score(p))
-                grad_temperature -= row.sum() / temperature
+            delta = e.mul_(p).sum(1, keepdim=True)
+            e.addcmul_(p, delta, value=-1)
             if lam is not None and not detach_log_partition:
                 e.addcmul_(p, lam)
 
@@ -216,12 +214,17 @@ def soft_backward(
             if lam is not None and detach_log_partition:
                 e.addcmul_(p, lam)
             if needs_codebook:
-                right = latents.mul_(two_over_t)
+                right = latents * two_over_t
                 column += e.sum(0)
                 if g is None:
                     sums.addmm_(right.T, e)
                 else:
                     sums.addmm_(torch.cat([g, right]).T, softmax.weights_and_gradients())
+            if needs_temperature:
+                if lam is not None:
+                    best_score = softmax.score_at(softmax.indices(), latents)
+                    grad_temperature -= (lam[:, 0] * best_score).sum() / temperature
+                grad_temperature -= softmax.weighted_score(e).sum() / temperature
 
         if needs_codebook:
             grad_codebook[h] = sums.T - two_over_t * column[:, None] * softmax.codebook
