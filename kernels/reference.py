@@ -5,8 +5,6 @@ Holds N×K matrices, so it is for reading, checking and small problems. Every fu
 Half-precision inputs are computed in float32, float64 stays float64.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -14,25 +12,17 @@ from softvq.kernels.centre import centre_of
 from softvq.kernels.dtypes import accumulation_dtype
 
 
-class Centred(NamedTuple):
-    """Both inputs moved by the codebook's centre, in the accumulation dtype."""
-
-    z: Tensor  # (H, N, D)
-    codebook: Tensor  # (H, K, D)
-    origin: Tensor  # (H, 1, D)
-
-
-def centre(z: Tensor, codebook: Tensor) -> Centred:
-    """Subtract a point among the codes from latents and codes; no distance changes."""
+def centre(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """Both less a point among the codes, in the accumulation dtype; no distance changes."""
     dtype = accumulation_dtype(z, codebook)
     z, codebook = z.to(dtype), codebook.to(dtype)
     origin = centre_of(codebook)
-    return Centred(z - origin, codebook - origin, origin)
+    return z - origin, codebook - origin
 
 
 def scores(z: Tensor, codebook: Tensor, temperature: Tensor) -> Tensor:
     """s = −‖z − c‖²/T, (H, N, K). Differentiable by autograd."""
-    z, codebook, _ = centre(z, codebook)
+    z, codebook = centre(z, codebook)
     squared_distance = (
         z.square().sum(-1)[..., None]
         - 2 * z @ codebook.mT
@@ -81,7 +71,7 @@ def soft_backward(
     detach_log_partition the log-partition is that of constant latents.
     """
     s = scores(z, codebook, temperature)
-    centred_z, centred_codebook, _ = centre(z, codebook)
+    centred_z, centred_codebook = centre(z, codebook)
     two_over_t = 2 / temperature.to(s.dtype)
 
     log_partition = s.logsumexp(-1)

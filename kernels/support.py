@@ -65,6 +65,6 @@ def too_large(z: Tensor, codebook: Tensor) -> bool:
 
     codebook (K, D) or (H, K, D).
     """
-    *heads, _, dim = codebook.shape
-    rows = math.prod(z.shape[:-1]) // math.prod(heads)
-    return dim > tiles.WIDEST or math.prod(heads) > _MOST_HEADS or rows > _MOST_ROWS
+    heads = math.prod(codebook.shape[:-2])
+    rows = math.prod(z.shape[:-1]) // heads
+    return z.shape[-1] > tiles.WIDEST or heads > _MOST_HEADS or rows > _MOST_ROWS

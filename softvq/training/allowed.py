@@ -101,9 +101,14 @@ def _is_size(text: str) -> bool:
     return re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", text) is not None
 
 
+def is_temperature(value: float) -> bool:
+    """Whether it is from 1e-10 to 1e10."""
+    return 1e-10 <= value <= 1e10
+
+
 def _is_temperature(text: str) -> bool:
     try:
-        return text == "auto" or 1e-10 <= float(text) <= 1e10
+        return text == "auto" or is_temperature(float(text))
     except ValueError:
         return False
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from softvq.data import DataError, find_images, load_images
 from softvq.models import Autoencoder, CodePrior
-from softvq.training.allowed import OF_FOLDERS
+from softvq.training.allowed import OF_FOLDERS, is_temperature
 from softvq.training.build import build_data
 from softvq.training.codes import (
     check_prior,
@@ -158,7 +158,7 @@ def sample(
     """
     if count < 1:
         raise ConfigError(f"count: {count} is not allowed; it must be at least 1")
-    if temperature is not None and not 1e-10 <= temperature <= 1e10:
+    if temperature is not None and not is_temperature(temperature):
         raise ConfigError(
             f"temperature: {temperature} is not allowed; it must be from 1e-10 to 1e10"
         )

@@ -44,13 +44,13 @@ def load_task(
     if config.model in PRIOR:
         run = RunFolder(config.tokenizer)
         tokenizer = load_tokenizer(run, device)
-        with images_of(run), ranks.first_rank_first():  # it downloads, the others read
-            images = build_data(run.read_config(), watch)
-        check_data(run, tokenizer, images)
-        config = config.resolved(len(images.train))
-        ranks.check_batch_size(config.batch_size)
-        torch.manual_seed(config.seed)
         with images_of(run):
+            with ranks.first_rank_first():  # it downloads, the others read
+                images = build_data(run.read_config(), watch)
+            check_data(run, tokenizer, images)
+            config = config.resolved(len(images.train))
+            ranks.check_batch_size(config.batch_size)
+            torch.manual_seed(config.seed)
             return config, PriorTask(config, tokenizer, images, device, run.fingerprint())
     with ranks.first_rank_first():
         images = build_data(config, watch)
