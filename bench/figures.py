@@ -135,13 +135,19 @@ def accuracy(rows: Rows) -> Figure | None:
 
 
 def collapse(rows: Rows) -> Figure | None:
-    """Perplexity against K: how many of its codes each quantizer keeps in use."""
+    """Perplexity against K, with the spread over seeds: how many codes each keeps in use."""
     rows = [r for r in rows if (r["command"], r["metric"]) == ("quality", "perplexity")]
     if not rows:
         return None
     figure, (axes,) = _panels(1, rows[0], f"perplexity of the test split, {rows[0]['rows']} steps")
     lines = _lines(rows, "codes")
     _draw(axes, lines)
+    for name in lines:
+        own = [r for r in rows if r["candidate"] == name]
+        (codes, low), (_, high) = (
+            zip(*_line(own, "codes", y), strict=True) for y in ("p20", "p80")
+        )
+        axes.fill_between(codes, low, high, color=_color(name), alpha=0.2, lw=0)
     ends = sorted(float(k) for k in _values(rows, "codes"))
     axes.plot(ends, ends, "--", color=QUIET, lw=0.8)
     axes.annotate("K", (ends[-1], ends[-1]), color=QUIET, va="bottom")
@@ -226,8 +232,8 @@ def _lines(rows: Rows, x: str) -> dict[str, Line]:
     return {name: line for name, line in lines.items() if line}
 
 
-def _line(rows: Rows, x: str) -> Line:
-    return sorted((float(r[x]), float(r["p50"])) for r in rows if r["p50"])
+def _line(rows: Rows, x: str, y: str = "p50") -> Line:
+    return sorted((float(r[x]), float(r[y])) for r in rows if r[y])
 
 
 def _values(rows: Rows, column: str, **where: str) -> list[str]:

@@ -1,11 +1,11 @@
 """What each quantizer reaches in one net on one data set, and how many codes it keeps in use.
 
-Every row has the same encoder and decoder, first weights, batches, steps and optimizer, and is
-measured on the whole test split with the decoder fed the nearest codes.
+Every row has the same encoder and decoder, first weights, batches, steps and optimizer, seed by
+seed, and is measured on the whole test split with the decoder fed the nearest codes.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bench.measure import quantiles
 from bench.results import OUT, Results, Row, headline, print_table, version
 from bench.trainer import ours
 from softvq.training.config import TrainConfig
@@ -85,18 +86,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--codes", type=int, nargs="+", default=[64, 128, 256, 512], help="K")
     parser.add_argument("--peer-codes", type=int, nargs="+", default=[256], help="K of the peers")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=3, help="models of each kind, seeds from 0 on")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time, a thread each")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the devices' folders")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
-    names = ("data", "data_dir", "steps", "seed")
-    settings = {name: getattr(options, name) for name in names}
-    runs = [
-        (name, settings | {"codebook_size": codes}, device)
+    settings = {name: getattr(options, name) for name in ("data", "data_dir", "steps")}
+    models = [
+        (name, settings | {"codebook_size": codes})
         for name, entry in ENTRIES.items()
         for codes in (options.peer_codes if entry.peer else options.codes)
     ]
+    runs = [(*model, seed, device) for model in models for seed in range(options.seeds)]
     torch.set_num_threads(1)  # here for the results' sake, which say how many there were
     results = Results(options.out, device)
     rows: list[Row] = []
@@ -105,31 +106,36 @@ def main(arguments: list[str]) -> int:
         options.jobs, get_context("spawn"), torch.set_num_threads, (1,), max_tasks_per_child=1
     )
     with pool:
-        for found in pool.map(measure, *zip(*runs, strict=True)):
-            rows += found
+        found = pool.map(measure, *zip(*runs, strict=True))
+        for model, of_seeds in zip(models, zip(*[found] * options.seeds, strict=True), strict=True):
+            rows += summary(*model, of_seeds)
             report(results.replace("quality", rows))
     return 0
 
 
-def measure(name: str, settings: dict[str, Any], device: torch.device) -> list[Row]:
-    """One row for each metric of a trained model."""
+def measure(
+    name: str, settings: dict[str, Any], seed: int, device: torch.device
+) -> dict[str, float]:
+    """Metrics of a trained model; none if it needs a package that is not installed."""
     entry = ENTRIES[name]
-    config = TrainConfig(**NET, **entry.settings, **settings)
-    try:
-        values, status = trained(config, entry.peer, device), "ok"
-    except ImportError as error:
-        values, status = dict.fromkeys(METRICS, ""), f"needs {error.name}"
+    if entry.peer and not version(PEER):
+        return {}
+    return trained(TrainConfig(**NET, **entry.settings, **settings, seed=seed), entry.peer, device)
+
+
+def summary(name: str, settings: dict[str, Any], of_seeds: Sequence[dict[str, float]]) -> list[Row]:
+    """One row for each metric of the models that differ by their seed alone."""
+    row = {
+        "candidate": name,
+        "version": version(PEER if ENTRIES[name].peer else "softvq"),
+        "rows": settings["steps"],
+        "codes": settings["codebook_size"],
+        "dim": DIM,
+    }
+    if not all(of_seeds):
+        return [{**row, "metric": metric, "status": "not installed"} for metric in METRICS]
     return [
-        {
-            "candidate": name,
-            "version": version(PEER if entry.peer else "softvq"),
-            "rows": config.steps,
-            "codes": config.codebook_size,
-            "dim": config.latent_dim,
-            "metric": metric,
-            "p50": values[metric],
-            "status": status,
-        }
+        {**row, "metric": metric, "status": "ok", **quantiles([of[metric] for of in of_seeds])}
         for metric in METRICS
     ]
 
@@ -150,9 +156,13 @@ def report(rows: list[dict[str, str]]) -> None:
     print(headline(rows[0]))
     models = zip(*[iter(rows)] * len(METRICS), strict=True)
     print_table(
-        ["K", "quantizer", "hard error", "perplexity", ""],
+        ["K", "quantizer", "hard error", "p20–p80", "perplexity", "p20–p80", ""],
         [
-            [of[0]["codes"], of[0]["candidate"], *(row["p50"] for row in of), of[0]["status"]]
+            [
+                *(of[0]["codes"], of[0]["candidate"]),
+                *(cell for row in of for cell in (row["p50"], f"{row['p20']}–{row['p80']}")),
+                of[0]["status"],
+            ]
             for of in models
         ],
     )
