@@ -10,6 +10,8 @@ from torch import Tensor
 
 # Of a squared distance, divided by it, float32 keeps something in either direction.
 LEAST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-20, 1e20
+# Made here, for torch 2.11 compiles no text with a float in it.
+_TEMPERATURES = f"a number from {LEAST_TEMPERATURE} to {LARGEST_TEMPERATURE}"
 
 
 def check_counts(least: int, **options: int | None) -> None:
@@ -30,8 +32,7 @@ def check_positive(**options: float) -> None:
 
 def check_temperatures(**options: float) -> None:
     """Divisors of squared distances. Raises TypeError or ValueError."""
-    what = f"a number from {LEAST_TEMPERATURE} to {LARGEST_TEMPERATURE}"
-    _check_numbers(what, lambda x: LEAST_TEMPERATURE <= x <= LARGEST_TEMPERATURE, options)
+    _check_numbers(_TEMPERATURES, lambda x: LEAST_TEMPERATURE <= x <= LARGEST_TEMPERATURE, options)
 
 
 def check_weights(**options: float) -> None:
