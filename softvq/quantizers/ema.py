@@ -44,6 +44,8 @@ class EMAVQ(Quantizer):
     Args:
         dim, codebook_size, codebook_dim, heads, **options: see `Quantizer`.
         commitment_weight: β.
+        rotation_trick: the gradient reaches the latent turned and scaled as the latent would be to
+            become its code: `straight_through` with `rotated`.
         decay: γ.
         eps: ε.
         threshold_ema_dead_code: a code whose count N_k, rows per batch, is lower is restarted at a
@@ -61,6 +63,7 @@ class EMAVQ(Quantizer):
         heads: int = 1,
         *,
         commitment_weight: float = 0.25,
+        rotation_trick: bool = False,
         decay: float = 0.99,
         eps: float = 1e-5,
         threshold_ema_dead_code: float = 0.0,
@@ -73,6 +76,7 @@ class EMAVQ(Quantizer):
         check_positive(eps=eps)
         check_decay(decay)
         self.commitment_weight = commitment_weight
+        self.rotation_trick = rotation_trick
         self.decay = decay
         self.eps = eps
         self.threshold_ema_dead_code = threshold_ema_dead_code
@@ -99,7 +103,7 @@ class EMAVQ(Quantizer):
 
     def quantize(self, z: Tensor) -> NearestCodes:
         """The nearest codes of latents (..., D), with heads (..., heads, D)."""
-        return nearest_straight_through(z, self.codebook)
+        return nearest_straight_through(z, self.codebook, self.rotation_trick)
 
     def _loss(
         self, z: Tensor, out: NearestCodes, entropy_regulariser: Tensor

@@ -15,7 +15,7 @@ from softvq.quantizers.types import QuantizerOptions
 class VQQuantized(NamedTuple):
     """What `VQ.quantize` returns; (...) are the leading dimensions of z."""
 
-    quantized: Tensor  #        (..., D), dtype of z: the code's value, the gradient of z
+    quantized: Tensor  #        (..., D), dtype of z: the code's value, a gradient for z
     indices: Tensor  #          (...) int64
     squared_distance: Tensor  # (...), ‖sg[z] − e‖², differentiable in the codes only
 
@@ -38,6 +38,8 @@ class VQ(Quantizer):
     Args:
         dim, codebook_size, codebook_dim, heads, **options: see `Quantizer`.
         commitment_weight: β.
+        rotation_trick: the gradient reaches the latent turned and scaled as the latent would be to
+            become its code: `straight_through` with `rotated`.
     """
 
     def __init__(
@@ -48,11 +50,13 @@ class VQ(Quantizer):
         heads: int = 1,
         *,
         commitment_weight: float = 0.25,
+        rotation_trick: bool = False,
         **options: Unpack[QuantizerOptions],
     ):
         super().__init__(dim, codebook_size, codebook_dim, heads, **options)
         check_weights(commitment_weight=commitment_weight)
         self.commitment_weight = commitment_weight
+        self.rotation_trick = rotation_trick
         self.codebook_parameter = nn.Parameter(self._first_codes())
 
     def quantize(self, z: Tensor) -> VQQuantized:
@@ -60,7 +64,8 @@ class VQ(Quantizer):
         codebook = self.codebook
         indices, squared_distance = nearest_codes(z.detach(), codebook)
         codes = codes_at(codebook.detach(), indices)
-        return VQQuantized(straight_through(z, codes), indices, squared_distance)
+        quantized = straight_through(z, codes, self.rotation_trick)
+        return VQQuantized(quantized, indices, squared_distance)
 
     def _loss(
         self, z: Tensor, out: VQQuantized, entropy_regulariser: Tensor

@@ -228,7 +228,7 @@ SEPARATE = {"heads": 3, "separate_codebook_per_head": True}
         (EMAVQ, {"threshold_ema_dead_code": 2.0}),
         (GumbelVQ, {"straight_through": True, **SEPARATE}),
         (VQ, {"use_cosine_sim": True, **SEPARATE}),
-        (EMAVQ, {"use_cosine_sim": True, "codebook_dim": 4, **SEPARATE}),
+        (EMAVQ, {"use_cosine_sim": True, "codebook_dim": 4, "rotation_trick": True, **SEPARATE}),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
-from softvq.quantizers import VQ
+from softvq.quantizers import EMAVQ, VQ
 from softvq.quantizers.straight_through import straight_through
 
 DIM, CODES = 6, 10
@@ -32,6 +33,49 @@ def test_value_is_the_code_and_gradient_the_identity_bit_by_bit(scale):
     grad = torch.randn_like(x)
     assert torch.equal(torch.autograd.grad(quantized, x, grad)[0], grad)
     assert straight_through(x.bfloat16(), vq.codebook[indices]).dtype == torch.bfloat16
+
+
+def rotation(z, codes):
+    """‖code‖/‖z‖ times the rotation from z to code, (N, D, D)."""
+    start, end = normalize(z, dim=-1), normalize(codes, dim=-1)
+    middle = normalize(start + end, dim=-1)
+    outer = end[:, :, None] * start[:, None] - middle[:, :, None] * middle[:, None]
+    turn = torch.eye(z.shape[-1], dtype=z.dtype) + 2 * outer
+    return turn * (codes.norm(dim=-1) / z.norm(dim=-1))[:, None, None]
+
+
+@pytest.mark.parametrize("dim", [1, 2, 17])
+def test_a_rotated_gradient_is_that_of_the_rotation_from_latent_to_code(dim):
+    z, codes, grad = torch.randn(3, 30, dim, dtype=torch.float64)
+    map_ = rotation(z, codes)
+    assert torch.allclose((map_ @ z[..., None])[..., 0], codes)
+    quantized = straight_through(z.requires_grad_(), codes, rotated=True)
+    assert torch.equal(quantized, codes)
+    (found,) = torch.autograd.grad(quantized, z, grad)
+    assert torch.allclose(found, (map_.mT @ grad[..., None])[..., 0])
+
+
+def test_where_there_is_no_rotation_the_gradient_is_finite():
+    z = torch.tensor([[0.0, 0.0], [1.0, 2.0], [1.0, 2.0]], requires_grad=True)
+    codes = torch.tensor([[1.0, 2.0], [0.0, 0.0], [-2.0, -4.0]])  # the last is behind the origin
+    grad = torch.randn(3, 2)
+    (found,) = torch.autograd.grad(straight_through(z, codes, rotated=True), z, grad)
+    assert torch.equal(found[:2], grad[:2])
+    assert torch.allclose(found[2].norm(), 2 * grad[2].norm())
+
+
+@pytest.mark.parametrize("kind", [VQ, EMAVQ])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rotation_trick_changes_the_gradient_alone(kind, dtype):
+    vq = kind(DIM, CODES, rotation_trick=True).eval()
+    x = torch.randn(2, 30, DIM).to(dtype).requires_grad_()
+    quantized, indices, _ = vq(x)
+    codes = vq.codebook[indices].detach()
+    assert torch.equal(quantized, codes.to(dtype))
+    grad = torch.randn_like(x)
+    expected = torch.autograd.grad(straight_through(x, codes, rotated=True), x, grad)
+    found = torch.autograd.grad(quantized, x, grad)
+    assert torch.equal(found[0], expected[0]) and not torch.equal(found[0], grad)
 
 
 def test_the_output_trains_no_code():
