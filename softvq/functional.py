@@ -8,6 +8,7 @@ from torch import Tensor
 
 from softvq.checks import (
     check_choice,
+    check_counts,
     check_dtype,
     check_floating,
     check_indices,
@@ -179,12 +180,13 @@ def code_sums(
             "streaming": plain additions, on a GPU in an order that differs from run to run.
 
     Raises:
-        TypeError: z is not floating point, or indices are not int64.
-        ValueError: the shapes differ, or, on a CPU, an index lies outside [0, K).
+        TypeError: z is not floating point, indices are not int64, K is no whole number.
+        ValueError: the shapes differ, K is below 1, or, on a CPU, an index outside [0, K).
     """
     check_choice("backend", backend, get_args(Backend))
     check_floating(z=z)
     check_dtype(torch.int64, indices=indices)
+    check_counts(1, codebook_size=codebook_size)
     if indices.shape != z.shape[:-1]:
         raise ValueError(
             f"indices must have the shape of z without its last dimension, {tuple(z.shape[:-1])}; "

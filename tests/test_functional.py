@@ -352,3 +352,15 @@ def test_every_call_names_a_wrong_precision(function):
 def test_code_sums_names_what_is_wrong(z, indices, error, message):
     with pytest.raises(error, match=message):
         softvq.code_sums(z, indices, 5)
+
+
+@pytest.mark.parametrize(
+    ("codebook_size", "error", "message"),
+    [
+        (0, ValueError, "codebook_size must be at least 1, got 0"),
+        (5.0, TypeError, "codebook_size must be a whole number, got 5.0"),
+    ],
+)
+def test_code_sums_needs_a_number_of_codes(codebook_size, error, message):
+    with pytest.raises(error, match=message):
+        softvq.code_sums(torch.zeros(2, 4), torch.tensor([0, 1]), codebook_size)
