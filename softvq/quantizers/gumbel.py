@@ -82,6 +82,12 @@ class GumbelVQ(TemperedQuantizer):
         self.kl_weight = kl_weight
         self.codebook_parameter = nn.Parameter(self._first_codes())
 
+    @property
+    def _logits_temperature(self) -> Tensor:
+        """L, a 0-d tensor."""
+        # A product: torch.compile would fill in the number, and compile again when it changes.
+        return self.log_temperature.new_ones(()) * self.logits_temperature
+
     def quantize(self, z: Tensor) -> GumbelQuantized:
         """Sample for latents (..., D), with heads (..., heads, D); in evaluation the nearest."""
         if not self.training:
@@ -93,10 +99,7 @@ class GumbelVQ(TemperedQuantizer):
         sample = _relaxed_sample
         if len(blocks) > 1:  # one alone is kept: a CUDA graph cannot draw its noise again
             sample = partial(checkpoint, _relaxed_sample, use_reentrant=False)
-        temperature = self.temperature
-        # A tensor too: torch.compile cannot take a number that changes into a checkpoint.
-        logits_temperature = temperature.new_full((), self.logits_temperature)
-        options = (temperature, logits_temperature, self.straight_through)
+        options = (self.temperature, self._logits_temperature, self.straight_through)
         samples = [
             sample(block, codebook.view_as(self._stored_codes), *options) for block in blocks
         ]
@@ -113,7 +116,7 @@ class GumbelVQ(TemperedQuantizer):
     ) -> tuple[Tensor, GumbelVQLoss]:
         kl = torch.zeros((), device=z.device)
         if self.kl_weight:
-            entropy = soft_quantize(z, self.codebook, self.logits_temperature).entropy
+            entropy = soft_quantize(z, self.codebook, self._logits_temperature).entropy
             kl = losses.kl_to_uniform(entropy, self.codebook_size)
         return self.kl_weight * kl, GumbelVQLoss(kl, entropy_regulariser)
 

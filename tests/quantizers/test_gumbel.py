@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import softvq
 from softvq import losses
@@ -134,6 +135,18 @@ def test_blocks_compile_with_temperatures_that_change(monkeypatch):
             quantized, _, loss = module(x)
             results.append((quantized, *torch.autograd.grad(quantized.square().sum() + loss, x)))
         torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_logits_temperature_that_changes_compiles_twice_at_the_most(training):
+    torch.compiler.reset()
+    vq, x = layer().train(training), torch.randn(50, DIM)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(vq, fullgraph=True, backend=counter)
+    for step in range(5):
+        vq.logits_temperature = 1 / (1 + step)
+        torch.testing.assert_close(compiled(x)[2], vq(x)[2])
+    assert counter.frame_count <= 2  # once for a number, once for any
 
 
 def test_the_kl_divergence_is_that_of_the_whole_matrix():
