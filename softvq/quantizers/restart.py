@@ -83,6 +83,8 @@ class DeadCodeRestart(KeepsFloat32):
     def restart(self, codebook: Tensor, latents: Tensor, indices: Tensor | None = None) -> None:
         """Move the dead codes of the codebook (K, D), in place, to latents (..., D).
 
+        Not between a forward and its backward pass, which reads the codes again.
+
         indices: (...), those of `update`; no code moves to a latent of index −1.
 
         Raises:
@@ -92,6 +94,11 @@ class DeadCodeRestart(KeepsFloat32):
             raise ValueError(
                 f"codebook must be (K, D) and latents (..., D) with K = {len(self.share)}, "
                 f"got {tuple(codebook.shape)} and {tuple(latents.shape)}"
+            )
+        if indices is not None and indices.shape != latents.shape[:-1]:
+            raise ValueError(
+                f"indices must be (...) for latents (..., D) = {tuple(latents.shape)}, "
+                f"got {tuple(indices.shape)}"
             )
         if codebook.grad_fn is not None and not codebook._is_view():
             raise ValueError("codebook is a copy, as with use_cosine_sim: no code would move")

@@ -54,6 +54,14 @@ def test_indices_that_are_none_are_refused(indices, error, message):
         DeadCodeRestart(2, THRESHOLD).update(torch.tensor(indices))
 
 
+@pytest.mark.parametrize("dead", [[], [1]])
+def test_indices_of_other_latents_are_refused(dead):
+    restart, codebook = with_dead(*dead)
+    indices = torch.zeros(7, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"indices .* \(\.\.\., D\) = \(2, 7, 3\), got \(7,\)"):
+        restart.restart(codebook, torch.randn(2, 7, DIM), indices)
+
+
 def test_only_dead_codes_move_and_they_move_to_latents():
     restart, codebook = with_dead(1, 4)
     before, latents = codebook.clone(), torch.randn(2, 7, DIM)
