@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from softvq import losses
-from softvq.models.base import LEVEL
+from softvq.models.base import LEVEL, check_layout
 from softvq.models.encoder_decoder import EncoderDecoder
 from softvq.models.networks import Grid, Networks, Shape
 from softvq.models.outputs import Evaluation, LossWeights, TrainingStep
@@ -18,7 +18,7 @@ class VQVAE(EncoderDecoder):
     to the encoder. Latents are standardised before they are quantised.
 
     Args:
-        quantizer: of dimension D; VQ is the paper's own, EMAVQ that of its appendix.
+        quantizer: of dimension D, channels last; VQ is the paper's own, EMAVQ that of its appendix.
         others: as for EncoderDecoder.
     """
 
@@ -32,6 +32,7 @@ class VQVAE(EncoderDecoder):
         weights: LossWeights = LossWeights(kl=0.0),
         reconstruction_loss: losses.Difference = "squared",
     ):
+        check_layout(quantizer=quantizer)
         super().__init__(
             image_shape,
             latent_grid,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from softvq import losses
-from softvq.models.base import ImageModel
+from softvq.models.base import ImageModel, check_layout
 from softvq.models.networks import Grid, Networks, Shape, halved
 from softvq.models.outputs import Evaluation, LossWeights, TrainingStep
 from softvq.quantizers import Quantizer
@@ -33,7 +33,7 @@ class VQVAE2(ImageModel):
 
     Args:
         latent_grid: (h, w) of the bottom codes; the top grid is half of it, rounded up.
-        top, bottom: the quantizers, both of one dimension D. The paper's are EMAVQ.
+        top, bottom: the quantizers, both of one dimension D, channels last. The paper's are EMAVQ.
         networks: the kind and size of encoders and decoders.
         others: as for EncoderDecoder.
     """
@@ -49,6 +49,9 @@ class VQVAE2(ImageModel):
         weights: LossWeights = LossWeights(kl=0.0),
         reconstruction_loss: losses.Difference = "squared",
     ):
+        check_layout(top=top, bottom=bottom)
+        if top.dim != bottom.dim:
+            raise ValueError(f"top and bottom must have one dim, got {top.dim} and {bottom.dim}")
         super().__init__(image_shape, weights, reconstruction_loss)
         dim, features = bottom.dim, 2 * networks.width
         maps = (features, *latent_grid)  # the bottom features, as a picture

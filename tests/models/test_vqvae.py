@@ -167,6 +167,13 @@ def test_evaluation_leaves_the_model_as_it_is(images, kind):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+@pytest.mark.parametrize("options", [{"channel_last": False}, {"accept_image_fmap": True}], ids=str)
+def test_a_quantizer_that_would_read_another_axis_is_refused(options):
+    """Where the grid is as high as the latent is long, its shape would do."""
+    with pytest.raises(ValueError, match="quantizer must have channel_last=True and accept_image"):
+        build("vq", grid=(DIM, 2), quantizer=options)
+
+
 @pytest.mark.parametrize("name", ["kl", "reconstruction_quantizing"])
 def test_a_loss_that_it_has_not_is_refused(name):
     with pytest.raises(ValueError, match=f"weights.{name} must be 0: VQVAE has no such loss"):

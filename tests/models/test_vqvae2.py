@@ -194,6 +194,13 @@ def test_training_brings_the_codes_of_both_to_their_latents():
         assert errors[-1] < 0.7 * errors[0], level
 
 
+def test_quantizers_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="top must have channel_last=True and accept_image_fmap"):
+        build(channel_last=False)
+    with pytest.raises(ValueError, match="top and bottom must have one dim, got 2 and 3"):
+        VQVAE2(SHAPE, GRID, VQ(2, CODES), VQ(DIM, CODES))
+
+
 @pytest.mark.parametrize("name", ["kl", "reconstruction_quantizing"])
 def test_a_loss_that_it_has_not_is_refused(name):
     with pytest.raises(ValueError, match=f"weights.{name} must be 0: VQVAE2 has no such loss"):
