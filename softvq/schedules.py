@@ -43,7 +43,8 @@ class CriticalTemperature(nn.Module):
 
     The mean and the covariance of z are running averages over batches; while fewer than
     1/(1 − decay) batches were seen, they are plain averages. A batch is that of all replicas of a
-    data-parallel run, each with the same number of rows.
+    data-parallel run, each with the same number of rows; one without rows, or with numbers that are
+    not finite, is left out.
     """
 
     def __init__(self, dim: int, decay: float = 0.98):
@@ -57,14 +58,15 @@ class CriticalTemperature(nn.Module):
     def update(self, z: Tensor) -> None:
         """Take in a batch of latents (..., D)."""
         rows = z.detach().reshape(-1, z.shape[-1]).to(self.mean.dtype)
-        self.batches += 1
-        weight = (1 / self.batches).clamp(min=1 - self.decay)
         batch_mean = mean_over_replicas(rows.mean(0))
         shift, centred = batch_mean - self.mean, rows - batch_mean
         batch_covariance = mean_over_replicas(centred.T @ centred / len(rows))
+        finite = batch_covariance.isfinite().all()
+        self.batches += finite
+        weight = (1 / self.batches).clamp(min=1 - self.decay)
         spread = batch_covariance + (1 - weight) * shift.outer(shift)
-        self.mean.lerp_(batch_mean, weight)
-        self.covariance.lerp_(spread, weight)
+        self.mean.copy_(self.mean.lerp(batch_mean, weight).where(finite, self.mean))
+        self.covariance.copy_(self.covariance.lerp(spread, weight).where(finite, self.covariance))
 
     def value(self) -> Tensor:
         """T_c, 0-d float32, the same bits on every replica; zero before the first update."""

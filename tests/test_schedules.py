@@ -69,3 +69,15 @@ def test_critical_temperature_follows_latents_that_drift():
         critical.update(still)
     torch.testing.assert_close(critical.value().double(), exact(still), rtol=1e-3, atol=0)
     torch.testing.assert_close(critical.mean, still.mean(0), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "bad", [torch.full((5, 4), torch.nan), torch.ones(0, 4)], ids=["nan", "no"]
+)
+def test_critical_temperature_leaves_out_a_batch_that_has_none(bad, first):
+    critical, batch = CriticalTemperature(4), torch.randn(20, 4)
+    for z in (bad, batch) if first else (batch, bad):
+        critical.update(z)
+    torch.testing.assert_close(critical.value().double(), exact(batch), rtol=1e-4, atol=0)
+    assert critical.batches == 1
