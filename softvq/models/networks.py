@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from softvq.checks import check_choice
+from softvq.checks import check_choice, check_counts
 
 Shape = tuple[int, int, int]  # channels, height, width
 Grid = tuple[int, int]  # height, width
@@ -29,6 +29,8 @@ class Networks:
 
     def __post_init__(self) -> None:
         check_choice("architecture", self.architecture, get_args(Architecture))
+        check_counts(1, width=self.width, **{f"hidden[{i}]": n for i, n in enumerate(self.hidden)})
+        check_counts(0, residual_blocks=self.residual_blocks)
 
     def encoder(self, image_shape: Shape, latent_grid: Grid, features: int) -> nn.Module:
         """From images (B, C, H, W) to features (B, h, w, features)."""

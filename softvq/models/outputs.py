@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from softvq.checks import check_weights
+
 
 @dataclass(frozen=True)
 class LossWeights:
@@ -14,6 +16,9 @@ class LossWeights:
     quantizing: float = 1.0  # the quantizer's loss
     kl: float = 1.0  # zero also makes the encoder deterministic: z = μ
     reconstruction_quantizing: float = 0.0  # ‖X−Decoder(sg[codes])‖², of the reconstruction's scale
+
+    def __post_init__(self) -> None:
+        check_weights(**vars(self))
 
 
 class Latents(NamedTuple):

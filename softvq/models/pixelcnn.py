@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from softvq.checks import check_counts
 from softvq.models.base import CodeLevel
 from softvq.models.masked import GatedLayer, shift_down, shift_right
 from softvq.models.networks import Grid
@@ -71,6 +72,8 @@ class PixelCNN(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
+        check_counts(1, codebook_size=codebook_size, width=width)
+        check_counts(0, classes=classes, condition_size=condition_size, layers=layers)
         if kernel < 3 or kernel % 2 == 0:
             raise ValueError(f"kernel must be odd and at least 3, got {kernel}")
         self.codebook_size = codebook_size

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from softvq.models import LossWeights
 from softvq.models.networks import (
     ConvDecoder,
     ConvEncoder,
     DenseDecoder,
     DenseEncoder,
+    Networks,
     grid_path,
     halved,
 )
@@ -107,3 +109,26 @@ def test_hidden_layers_and_residual_blocks_are_as_many_as_asked():
         for blocks in (0, 1, 2)
     ]
     assert sizes[2] - sizes[1] == sizes[1] - sizes[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"width": 0}, ValueError, "width must be at least 1, got 0"),
+        ({"width": 8.0}, TypeError, "width must be a whole number, got 8.0"),
+        ({"residual_blocks": -1}, ValueError, "residual_blocks must be at least 0, got -1"),
+        ({"hidden": (8, 0)}, ValueError, r"hidden\[1\] must be at least 1, got 0"),
+    ],
+    ids=str,
+)
+def test_sizes_of_no_network_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        Networks(**options)
+
+
+@pytest.mark.parametrize(
+    "name", ["reconstruction", "quantizing", "kl", "reconstruction_quantizing"]
+)
+def test_a_weight_below_zero_is_named(name):
+    with pytest.raises(ValueError, match=f"{name} must be a finite number from 0 up, got -1.0"):
+        LossWeights(**{name: -1.0})

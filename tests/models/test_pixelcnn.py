@@ -191,6 +191,22 @@ def test_codes_of_several_heads_are_refused():
         prior({"codes": torch.zeros(1, 2, 2, 5, dtype=torch.int64)})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"codebook_size": 0}, "codebook_size must be at least 1, got 0"),
+        ({"width": 0}, "width must be at least 1, got 0"),
+        ({"layers": -1}, "layers must be at least 0, got -1"),
+        ({"classes": -1}, "classes must be at least 0, got -1"),
+        ({"condition_size": -1}, "condition_size must be at least 0, got -1"),
+    ],
+    ids=str,
+)
+def test_sizes_of_no_prior_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        PixelCNN(**{"codebook_size": 3} | options)
+
+
 @pytest.mark.parametrize("kernel", [1, 4, -3])
 def test_kernel_that_has_no_middle(kernel):
     with pytest.raises(ValueError, match=f"odd and at least 3, got {kernel}"):
