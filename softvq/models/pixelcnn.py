@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from softvq import losses
 from softvq.checks import check_counts
 from softvq.models.base import CodeLevel
 from softvq.models.masked import GatedLayer, shift_down, shift_right
@@ -97,7 +98,7 @@ class PixelCNN(nn.Module):
     def forward(
         self, indices: Tensor, labels: Tensor | None = None, condition: Tensor | None = None
     ) -> Tensor:
-        """Logits (B, h, w, K) of each index given those before it.
+        """Logits (B, h, w, K), float32 at least, of each index given those before it.
 
         Args:
             indices: (B, h, w) int64.
@@ -186,7 +187,7 @@ class PixelCNN(nn.Module):
         x = shift_right(x)
         for layer, word in zip(self.layers, above, strict=True):
             x = layer.right(x, word)
-        return self.head(x).permute(0, 2, 3, 1)
+        return losses.in_float32(self.head(x)).permute(0, 2, 3, 1)
 
 
 class CodePrior(nn.Module):

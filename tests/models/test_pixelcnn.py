@@ -191,6 +191,15 @@ def test_codes_of_several_heads_are_refused():
         prior({"codes": torch.zeros(1, 2, 2, 5, dtype=torch.int64)})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_converted_prior_rounds_no_likelihood(dtype):
+    """A sum over many codes would lose more than the network's own rounding."""
+    prior = PixelCNN(16, width=8).to(dtype)  # untrained: uniform, and exactly so
+    codes = torch.randint(16, (2, 15, 15))
+    likelihood = prior.log_likelihood(codes)
+    torch.testing.assert_close(likelihood, torch.full((2,), -225 * math.log(16)))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
