@@ -50,7 +50,8 @@ def soft_quantize(
         codebook: (K, D), or (H, K, D) for H independent codebooks; any of the same dtypes.
         temperature: T, the divisor of the squared distance **summed** over D, from 1e-20 to 1e20. A
             number, or a 0-d tensor (differentiable; on a GPU it is used without a host
-            synchronisation, and a compiled graph does not recompile when it changes).
+            synchronisation). A compiled graph does not recompile when it changes, but for once
+            where it is a number.
         estimator: "soft", or "straight_through": the value of the nearest code with the gradient
             of the soft one.
         detach_probabilities: treat the probabilities as constants: only the codebook receives a
@@ -286,8 +287,8 @@ def _temperature_tensor(temperature: float | Tensor, z: Tensor) -> Tensor:
             check_temperatures(temperature=temperature.item())
         return temperature.to(z.device)
     check_temperatures(temperature=temperature)
-    dtype = torch.promote_types(z.dtype, torch.float32)
-    return torch.full((), temperature, dtype=dtype, device=z.device)
+    one = torch.ones((), dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
+    return one * temperature  # torch.full would be compiled with the number, and again for another
 
 
 def _as_rows(output: Tensor, z: Tensor, codebook: Tensor) -> Tensor:

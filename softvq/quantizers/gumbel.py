@@ -85,7 +85,7 @@ class GumbelVQ(TemperedQuantizer):
     @property
     def _logits_temperature(self) -> Tensor:
         """L, a 0-d tensor."""
-        # A product: torch.compile would fill in the number, and compile again when it changes.
+        # A product: torch.full would be compiled with the number, and again for another.
         return self.log_temperature.new_ones(()) * self.logits_temperature
 
     def quantize(self, z: Tensor) -> GumbelQuantized:

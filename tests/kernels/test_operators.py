@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -133,13 +134,15 @@ def test_one_graph_whatever_the_temperature_and_the_rows(backend):
 
 
 def test_compiled_for_a_temperature_that_is_a_number():
-    """From its second value on it is a symbol."""
+    """From its second value on it is a symbol: there are two graphs, however many follow."""
     torch._dynamo.reset()
-    compiled = torch.compile(softvq.soft_quantize, backend="aot_eager", fullgraph=True)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(softvq.soft_quantize, backend=counter, fullgraph=True)
     z, codebook, _ = inputs()
-    for temperature in (1.0, 0.5, 0.25):
+    for temperature in (1.0, 0.5, 0.25, 2.0):
         expected = softvq.soft_quantize(z, codebook, temperature)
         assert_same(compiled(z, codebook, temperature)[:1], expected[:1])
+    assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("backend", ["streaming", TRITON])
