@@ -101,6 +101,11 @@ class Quantizer(KeepsFloat32):
         self._is_initialised = not kmeans_init  # known to be, without waiting for a GPU
         self.register_load_state_dict_post_hook(_read_initialised)
 
+    def extra_repr(self) -> str:
+        """What print() shows of the module."""
+        names = ("dim", "codebook_size", "codebook_dim", "heads", "codebooks")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
     def _first_codes(self) -> Tensor:
         """Random codes (codebooks, K, D) to start from."""
         codes = torch.randn(self.codebooks, self.codebook_size, self.codebook_dim)

@@ -48,6 +48,8 @@ class EMAVQ(Quantizer):
             become its code: `straight_through` with `rotated`.
         decay: γ.
         eps: ε.
+        freeze_codebook: codes and statistics stay, also in training; an attribute to set later,
+            which `train()` of the model around it leaves.
         threshold_ema_dead_code: a code whose count N_k, rows per batch, is lower is restarted at a
             latent of the batch, as `restart_codes` says; 0: never. An even share is rows·heads/K
             (rows/K with a codebook per head): keep it well under that, or live codes restart.
@@ -66,6 +68,7 @@ class EMAVQ(Quantizer):
         rotation_trick: bool = False,
         decay: float = 0.99,
         eps: float = 1e-5,
+        freeze_codebook: bool = False,
         threshold_ema_dead_code: float = 0.0,
         **options: Unpack[QuantizerOptions],
     ):
@@ -79,6 +82,7 @@ class EMAVQ(Quantizer):
         self.rotation_trick = rotation_trick
         self.decay = decay
         self.eps = eps
+        self.freeze_codebook = freeze_codebook
         self.threshold_ema_dead_code = threshold_ema_dead_code
         self.register_buffer("means", self._first_codes().to(precise_dtype()))
         # Nothing has been counted yet: where 1 is dead already, a code starts as a restarted one.
@@ -113,6 +117,8 @@ class EMAVQ(Quantizer):
 
     @torch.no_grad()
     def _learn(self, z: Tensor, out: NearestCodes) -> None:
+        if self.freeze_codebook:
+            return
         latents = self._by_codebook(z)
         batch_sums, batch_counts = self._batch_statistics(latents, out.indices)
         sums = self.decay * self.sums + (1 - self.decay) * batch_sums

@@ -164,6 +164,16 @@ def test_without_memory_a_masked_batch_leaves_the_codes():
     assert torch.equal(vq.codebook, before)
 
 
+def test_a_frozen_codebook_stays_also_in_training():
+    vq = EMAVQ(4, 8, freeze_codebook=True, threshold_ema_dead_code=2.0)
+    before = {name: value.clone() for name, value in vq.state_dict().items()}
+    vq.train()(torch.randn(50, 4))
+    assert all(torch.equal(value, before[name]) for name, value in vq.state_dict().items())
+    vq.freeze_codebook = False
+    vq(torch.randn(50, 4))
+    assert not torch.equal(vq.means, before["means"])
+
+
 def test_no_threshold_no_restart():
     vq, x = with_one_dead_code(threshold=0.0)
     for _ in range(5):

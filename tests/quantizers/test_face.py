@@ -270,6 +270,11 @@ def test_exported_for_any_number_of_rows(kind, entropy_weight):
         torch.testing.assert_close(a, b)
 
 
+def test_print_shows_the_sizes():
+    text = str(VQ(DIM, 9, heads=2, separate_codebook_per_head=True))
+    assert f"dim={DIM}, codebook_size=9, codebook_dim={DIM // 2}, heads=2, codebooks=2" in text
+
+
 def test_indices_of_any_whole_number():
     vq, indices = layer(VQ), torch.tensor([1, 0, 2])
     for dtype in (torch.uint8, torch.int32):
