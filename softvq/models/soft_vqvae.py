@@ -69,21 +69,16 @@ class SoftVQVAE(VQVAE):
     def forward(self, images: Tensor, labels: Tensor | None = None) -> TrainingStep:
         """The losses of a batch (B, C, H, W) in [0, 1]; labels are not looked at."""
         latents = self.encode(images)
-        if self.decoder_input == "latent":
-            # The mean, not the sample: what a code has to stand for when the model is used.
-            read = latents.mean.detach()
-            quantized, indices, quantizer_loss = self.quantizer(read)
-            decoded = latents.z
-        else:
-            read = latents.z
-            quantized, indices, quantizer_loss = self.quantizer(read)
-            decoded = quantized
+        beside = self.decoder_input == "latent"
+        # Beside: the mean, not the sample, is what a code stands for when the model is used.
+        read = latents.mean.detach() if beside else latents.z
+        quantized, indices, quantizer_loss = self.quantizer(read)
 
         codes = None
         if self.weights.reconstruction_quantizing > 0:
             nearest = self.quantized_codes == "nearest"
             codes = self.quantizer.get_output_from_indices(indices) if nearest else quantized
-        output, code_output = self._decode_together(decoded, codes)
+        output, code_output = self._decode_together(latents.z if beside else quantized, codes)
 
         parts, loss = self.reconstruction_losses(output, images)
         parts["quantizing_error"] = losses.quantizing_error(read.detach(), quantized.detach())
