@@ -10,10 +10,10 @@ from softvq.training import ranks
 from softvq.training.build import build_data
 from softvq.training.codes import load_tokenizer
 from softvq.training.config import PRIOR, TrainConfig
+from softvq.training.display import with_bar
 from softvq.training.images import ImageTask
 from softvq.training.origin import check_data, images_of
 from softvq.training.prior import PriorTask
-from softvq.training.progress import with_bar
 from softvq.training.run_folder import RunError, RunFolder
 from softvq.training.task import Task
 

@@ -15,6 +15,7 @@ from softvq.training import ranks
 from softvq.training.advice import memory_advice, warn_of_collapse
 from softvq.training.checkpoint import Progress, Stateful, load_checkpoint, newest_step, sha256
 from softvq.training.config import TrainConfig
+from softvq.training.display import Display
 from softvq.training.engine import Engine
 from softvq.training.finish import finish
 from softvq.training.guards import TrainingError
@@ -24,7 +25,6 @@ from softvq.training.memory import peak_memory
 from softvq.training.optimizer import build_optimizer, set_learning_rates
 from softvq.training.origin import Origin
 from softvq.training.outbox import Outbox
-from softvq.training.progress import Display
 from softvq.training.resume import resume_run
 from softvq.training.run_folder import RunFolder, model_bytes
 from softvq.training.task import Batch, Task

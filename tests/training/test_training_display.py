@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from softvq.training import progress
+from softvq.training import display
 from softvq.training.checkpoint import Progress
 from softvq.training.config import TrainConfig
 
@@ -15,9 +15,9 @@ from softvq.training.config import TrainConfig
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_bar_over_long_work(terminal, monkeypatch, capsys):
     monkeypatch.setattr(
-        progress, "Console", lambda stderr: Console(stderr=stderr, force_terminal=terminal)
+        display, "Console", lambda stderr: Console(stderr=stderr, force_terminal=terminal)
     )
-    assert list(progress.with_bar(iter("abc"), 3, "looking at pictures")) == ["a", "b", "c"]
+    assert list(display.with_bar(iter("abc"), 3, "looking at pictures")) == ["a", "b", "c"]
     out, error = capsys.readouterr()
     assert out == "" and ("looking at pictures" in error) == terminal
 
@@ -25,17 +25,17 @@ def test_a_bar_over_long_work(terminal, monkeypatch, capsys):
 @pytest.mark.parametrize("width", [40, 80])
 def test_losses_push_nothing_off_a_narrow_terminal(width, monkeypatch):
     screen = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
-    monkeypatch.setattr(progress, "_Console", lambda **options: screen)
-    display = progress.Display(TrainConfig(steps=20_000), quiet=False)
+    monkeypatch.setattr(display, "_Console", lambda **options: screen)
+    shown = display.Display(TrainConfig(steps=20_000), quiet=False)
     losses = {f"a_long_name_{number}": torch.tensor(1.0) for number in range(9)}
-    display.step(1055, Progress(step=1055, seconds=10.0), losses)
-    screen.print(display.bar.get_renderable())
+    shown.step(1055, Progress(step=1055, seconds=10.0), losses)
+    screen.print(shown.bar.get_renderable())
     line = screen.file.getvalue()
     assert "1055/20000 -:--:--" in line and "⠋ ╸" in line and line.count("\n") == 1
     assert ("105.5 steps/s" in line) == (width == 80)
 
 
 def test_how_to_go_on_can_be_pasted(capsys):
-    display = progress.Display(TrainConfig(steps=20), quiet=False)
-    display.stopped(3, Path("my runs/a"), saved=True)
+    shown = display.Display(TrainConfig(steps=20), quiet=False)
+    shown.stopped(3, Path("my runs/a"), saved=True)
     assert "softvq train --out 'my runs/a' --resume" in capsys.readouterr().out

@@ -69,34 +69,33 @@ class Display:
             return
         self._shown = now
         rate = step / max(progress.seconds, 1e-9)
-        losses = "  ".join(f"{short(name)} {value.item():.4g}" for name, value in parts.items())
+        losses = "  ".join(
+            f"{name.removesuffix('_error')} {value.item():.4g}" for name, value in parts.items()
+        )
         self.bar.update(
             self.task,
             completed=step,
             numbers=f"{rate:.1f} steps/s  {progress.images_per_second:,.0f} images/s  {losses}",
         )
 
-    def note(self, text: str) -> None:
-        """Print a line."""
-        self._print(text)
-
     def validated(self, step: int, values: dict[str, float]) -> None:
         """Print the metrics of a validation."""
         self.bar.update(self.task, completed=step)
-        self._print(f"step {step:>6}/{self.config.steps}  validation: {summary(values)}")
+        self.note(f"step {step:>6}/{self.config.steps}  validation: {summary(values)}")
 
     def stopped(self, step: int, run: Path, *, saved: bool) -> None:
         """Say how to go on after a signal."""
         where = "saved" if saved else "not saved, the disk is full; an older checkpoint is there"
-        self._print(
+        self.note(
             f"stopped at step {step}, {where}; go on: softvq train --out {quote(str(run))} --resume"
         )
 
     def finished(self, values: dict[str, float], report: Path) -> None:
         """Print the metrics of the test split."""
-        self._print(f"test: {summary(values)}\nreport: {report}")
+        self.note(f"test: {summary(values)}\nreport: {report}")
 
-    def _print(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Print text as it is; on a full disk, nothing."""
         try:
             self.console.print(text, soft_wrap=True)
         except OSError as error:
@@ -134,8 +133,3 @@ def summary(values: dict[str, float]) -> str:
     return "  ".join(
         f"{words} {values[name]:{form}}" for name, (words, form) in SHOWN.items() if name in values
     )
-
-
-def short(name: str) -> str:
-    """A metric's name for the bar."""
-    return name.removesuffix("_error")
