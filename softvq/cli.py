@@ -292,9 +292,5 @@ def sample_command(options: argparse.Namespace) -> int:
 
 def report_command(options: argparse.Namespace) -> int:
     """softvq report."""
-    RunFolder(options.run).read_config()
-    try:
-        print(write_report(options.run))
-    except ValueError as error:
-        raise RunError(str(error)) from error
+    print(write_report(RunFolder(options.run)))
     return 0

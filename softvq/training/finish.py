@@ -47,7 +47,7 @@ def finish(
         },
     }
     write_text(run.summary, json.dumps(summary, indent=2) + "\n")
-    write_report(run.path)
+    write_report(run)
     return test
 
 

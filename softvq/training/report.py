@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from softvq.training.curves import Chart, Points, Scale, draw_chart, number
 from softvq.training.files import replacing
 from softvq.training.history import History, Metrics, are_metrics, read_history, with_nan
-from softvq.training.run_folder import RunFolder
+from softvq.training.run_folder import RunError, RunFolder
 
 SOFT, HARD = "reconstruction_quantizing_error", "reconstruction_hard_error"
 GAP = "gap"  # HARD - SOFT
@@ -82,26 +82,24 @@ class Measured(NamedTuple):
     metrics: Metrics
 
 
-def write_report(run: Path) -> Path:
-    """Write run/report.html about a finished or unfinished run, and return its path.
+def write_report(run: RunFolder) -> Path:
+    """Write report.html about a finished or unfinished run, and return its path.
 
     Needs config.toml and metrics.jsonl; of the other files the page shows what is there.
-    Raises ValueError when one of the two needed files is not in the folder, and for a damaged
-    summary.json.
+    Raises RunError without one of the two and for a damaged summary.json, and ConfigError.
     """
-    for name in ("config.toml", "metrics.jsonl"):
-        if not (run / name).is_file():
-            raise ValueError(f"{run}: no {name} there; name the folder of a training run")
-    config = tomllib.loads(RunFolder(run).read_config().to_toml())
-    history, unreadable = read_history(run / "metrics.jsonl")
-    finished = (run / "summary.json").is_file()
-    summary = _read_summary(run / "summary.json") if finished else {}
+    config = tomllib.loads(run.read_config().to_toml())
+    if not run.metrics.is_file():
+        raise RunError(f"{run.path}: no metrics.jsonl there; name the folder of a training run")
+    history, unreadable = read_history(run.metrics)
+    finished = run.summary.is_file()
+    summary = _read_summary(run.summary) if finished else {}
     measured = _measured(summary, history)
     charts = _charts(history)
     template = _environment().get_template("report.html.jinja")
     page = template.render(
         title=f"{config['model']} on {config.get('data') or config.get('tokenizer')}",
-        folder=run.resolve().name,
+        folder=run.path.resolve().name,
         finished=finished,
         step=max((step for steps in history.values() for step in steps), default=0),
         measured=measured,
@@ -111,9 +109,9 @@ def write_report(run: Path) -> Path:
         soft=bool(_points(history, "validation", SOFT)),
         missing_charts=[] if finished else [title for title, chart in charts.items() if not chart],
         pictures=[
-            (*words, stem.startswith("codebook"), _data_uri(run / f"{stem}.png"))
+            (*words, stem.startswith("codebook"), _data_uri(run.path / f"{stem}.png"))
             for stem, words in PICTURES.items()
-            if (run / f"{stem}.png").is_file()
+            if (run.path / f"{stem}.png").is_file()
         ],
         unreadable=unreadable,
         not_finite=sum(
@@ -125,10 +123,9 @@ def write_report(run: Path) -> Path:
         config=_flat(config),
         environment=_flat({name: value for name, value in summary.items() if name != "test"}),
     )
-    path = run / "report.html"
-    with replacing(path) as temporary:
+    with replacing(run.report) as temporary:
         temporary.write_text(page, "utf-8", errors="replace")  # names of any bytes
-    return path
+    return run.report
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
@@ -138,7 +135,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
                 return summary
         raise ValueError("not the summary of a run")
     except ValueError as error:
-        raise ValueError(
+        raise RunError(
             f"{path}: cannot be read ({error}); make it anew with softvq train --out "
             f"{path.parent} --resume"
         ) from error

@@ -97,4 +97,4 @@ def test_a_report_between_training_line_and_validation(tmp_path):
     (tmp_path / "config.toml").write_text('model = "vae"\ndata = "digits"\n')
     line = '{"step": 1, "split": "train", "loss": 1.0, "reconstruction_error": 0.5}\n'
     (tmp_path / "metrics.jsonl").write_text(line)
-    write_report(tmp_path)
+    write_report(RunFolder(tmp_path))

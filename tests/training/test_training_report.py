@@ -13,6 +13,7 @@ import torch
 from softvq.training.history import read_history
 from softvq.training.pictures import save_codebook_usage, save_rows
 from softvq.training.report import write_report
+from softvq.training.run_folder import RunError, RunFolder
 
 VOID = {"meta", "link", "img", "path"}
 TEST = {
@@ -109,7 +110,7 @@ def finished(tmp_path: Path) -> Path:
 
 
 def report(run: Path) -> Page:
-    path = write_report(run)
+    path = write_report(RunFolder(run))
     assert path == run / "report.html"
     return Page(path.read_text("utf-8"))
 
@@ -134,7 +135,7 @@ def test_a_finished_run_shows_its_numbers(finished: Path) -> None:
 
 
 def test_the_page_is_one_file_with_its_pictures_in_it(finished: Path) -> None:
-    html = write_report(finished).read_text("utf-8")
+    html = write_report(RunFolder(finished)).read_text("utf-8")
     page = Page(html)
     pictures = [attrs for tag, attrs in page.tags if tag == "img"]
     assert len(pictures) == 2
@@ -327,11 +328,14 @@ def test_a_diverged_run_is_reported(tmp_path: Path) -> None:
     assert "loss nan" in page.text
 
 
-@pytest.mark.parametrize("name", ["config.toml", "metrics.jsonl"])
-def test_a_folder_that_is_no_run_is_named(finished: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("config.toml", r"no run there \(no config.toml\)"), ("metrics.jsonl", "no metrics.jsonl")],
+)
+def test_a_folder_that_is_no_run_is_named(finished: Path, name: str, said: str) -> None:
     (finished / name).unlink()
-    with pytest.raises(ValueError, match=f"^{re.escape(str(finished))}: no {name}"):
-        write_report(finished)
+    with pytest.raises(RunError, match=f"^{re.escape(str(finished))}: {said}"):
+        write_report(RunFolder(finished))
 
 
 def test_a_resumed_run_keeps_the_later_value_of_a_step(tmp_path: Path) -> None:
@@ -351,11 +355,11 @@ def test_lines_that_are_no_metrics_are_counted(tmp_path: Path) -> None:
     write_run(tmp_path, [line], tail="\n".join(TORN) + "\n")
     history, unreadable = read_history(tmp_path / "metrics.jsonl")
     assert (history, unreadable) == ({"train": {5: {"loss": 1.0}}}, len(TORN))
-    write_report(tmp_path)
+    write_report(RunFolder(tmp_path))
 
 
 @pytest.mark.parametrize("text", ['{"test": ', "[]", '{"test": null}', '{"test": {"psnr": "x"}}'])
 def test_a_damaged_summary_is_named(finished: Path, text: str) -> None:
     (finished / "summary.json").write_text(text)
-    with pytest.raises(ValueError, match=f"^{re.escape(str(finished))}/summary.json: cannot be"):
-        write_report(finished)
+    with pytest.raises(RunError, match=f"^{re.escape(str(finished))}/summary.json: cannot be"):
+        write_report(RunFolder(finished))
