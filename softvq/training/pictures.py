@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from softvq import metrics
 from softvq.training.files import replacing
 
 FONT = Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # Pillow's own has Latin alone
@@ -57,12 +58,10 @@ def _strip(images: Tensor, image_size: int) -> Image.Image:
 def save_codebook_usage(path: Path, counts: Tensor) -> None:
     """Write a PNG of how often each code is used, from the most to the least used one.
 
-    counts: (K,) int64, how many latents have each code as their nearest.
+    counts: (K,) int64, how many latents have each code as their nearest; of one at least.
     """
     counts = counts.detach().cpu().sort(descending=True).values
-    codes, total, used = len(counts), int(counts.sum()), int(counts.count_nonzero())
-    shares = counts.double() / max(total, 1)
-    perplexity = torch.special.entr(shares).sum().exp().item()
+    codes, used = len(counts), int(counts.count_nonzero())
 
     figure = Figure(figsize=(8, 3.6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -71,14 +70,14 @@ def save_codebook_usage(path: Path, counts: Tensor) -> None:
     heights, widths = counts.unique_consecutive(return_counts=True)
     edges = torch.cat([widths.new_zeros(1), widths.cumsum(0)]) + 0.5
     axes.stairs(heights.numpy(), edges.numpy(), fill=True, color=FILL)
-    if total:
-        axes.axhline(total / codes, color=EVEN, linewidth=1.2, linestyle="--", label="even use")
-        axes.legend(frameon=False, labelcolor=INK, loc="upper right")
+    even = int(counts.sum()) / codes
+    axes.axhline(even, color=EVEN, linewidth=1.2, linestyle="--", label="even use")
+    axes.legend(frameon=False, labelcolor=INK, loc="upper right")
     _scale(axes, codes, used, counts)
     _label(axes)
     axes.set_title(
         f"{used:,} of {codes:,} codes used ({used / codes:.2%})   ·   {codes - used:,} unused"
-        f"   ·   perplexity {perplexity:,.1f}",
+        f"   ·   perplexity {metrics.perplexity(counts):,.1f}",
         loc="left",
         fontsize=11,
         color=INK,
@@ -90,10 +89,10 @@ def save_codebook_usage(path: Path, counts: Tensor) -> None:
 def _scale(axes: Axes, codes: int, used: int, counts: Tensor) -> None:
     """Logarithmic axes where a linear one would hide most of the used codes; counts: (K,)."""
     axes.set_xlim(0.5, codes + 0.5)
-    if 0 < used < codes / 20:
+    if used < codes / 20:
         axes.set_xscale("log")
-    highest = max(int(counts[0]), 1)
-    if used and highest > 50 * int(counts[used - 1]):
+    highest = int(counts[0])
+    if highest > 50 * int(counts[used - 1]):
         axes.set_yscale("log")
         axes.set_ylim(0.5, highest**1.2)
     else:
