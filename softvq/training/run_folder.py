@@ -132,18 +132,17 @@ class RunFolder:
 
     def read_shape(self) -> dict[str, Any]:
         """What `model_bytes` was told of the data: a task's shape. Raises RunError."""
-        return self._weights()[0]
+        return self._weights()[1]
 
     def fingerprint(self) -> str:
         """Which model this is: a digest of its weights. Raises RunError."""
         self.read_config()
-        self.read_shape()
-        return hashlib.sha256(self.model.read_bytes()).hexdigest()[:16]
+        return hashlib.sha256(self._weights()[0]).hexdigest()[:16]
 
     def load_model(self, device: torch.device) -> nn.Module:
         """The best weights of the run, in eval mode. Raises RunError."""
         config = self.read_config()
-        shape, tensors = self._weights()
+        _, shape, tensors = self._weights()
         # A config.toml that was cut short leaves open what followed from the images.
         config = config.resolved(config.batch_size, shape.get("image_shape"))
         try:
@@ -153,11 +152,11 @@ class RunFolder:
             raise RunError(f"{self.model}: does not fit the run's config.toml") from error
         return model.to(device).eval()
 
-    def _weights(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The shape of the data, and the best weights. Raises RunError."""
+    def _weights(self) -> tuple[bytes, dict[str, Any], dict[str, Tensor]]:
+        """The bytes of model.safetensors, the shape of the data, the weights. Raises RunError."""
         try:
             data = self.model.read_bytes()  # safetensors opens no path that is not UTF-8
-            return _shape_in(data), load(data)
+            return data, _shape_in(data), load(data)
         except FileNotFoundError:
             raise RunError(f"{self.path}: no model.safetensors; the run has not finished") from None
         except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
