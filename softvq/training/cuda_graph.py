@@ -60,8 +60,7 @@ class Replayed:
         try:
             return self.recorder(self._as_it_is)
         except RuntimeError as error:  # of CUDA or of an operator: some cannot be recorded
-            reason = str(error).strip().partition("\n")[0]
-            self.say(f"the step runs without a CUDA graph: {reason}")
+            self.say(f"the step runs without a CUDA graph: {first_line(error)}")
             return self._as_it_is
 
 
@@ -89,3 +88,8 @@ def record(function: Callable[[], TrainingStep]) -> Callable[[], TrainingStep]:
         return result
 
     return replay
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in short."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -14,7 +14,7 @@ from torch import Tensor
 from softvq.models import TrainingStep
 from softvq.training import ranks
 from softvq.training.config import TrainConfig
-from softvq.training.cuda_graph import Recorder, Replayed, record
+from softvq.training.cuda_graph import Recorder, Replayed, first_line, record
 from softvq.training.guards import Guard
 from softvq.training.task import Batch, Task
 
@@ -126,8 +126,3 @@ def compiles(config: TrainConfig, device: torch.device) -> bool:
     """Whether the step is to be compiled."""
     long = device.type == "cuda" and (config.steps or 0) >= COMPILE_FROM
     return config.compile == "on" or (config.compile == "auto" and long)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in short."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
