@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softvq import losses
-from softvq.checks import check_counts
+from softvq.checks import check_counts, check_positive
 from softvq.models.base import CodeLevel
 from softvq.models.masked import GatedLayer, shift_down, shift_right
 from softvq.models.networks import Grid
@@ -137,8 +137,7 @@ class PixelCNN(nn.Module):
             temperature: divides the logits; below 1 the likelier codes are preferred.
             generator: of the network's device; equal generators draw equal codes.
         """
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
+        check_positive(temperature=temperature)
         height, width = grid
         indices = torch.zeros(count, *grid, dtype=torch.int64, device=self.embedding.weight.device)
         context = self._context(labels, condition, indices.shape)

@@ -6,6 +6,7 @@ from torch.nn.functional import normalize
 
 from softvq.distributed.collectives import from_first_replica, sum_over_replicas
 from softvq.functional import code_sums, nearest_indices
+from softvq.losses import in_float32
 from softvq.quantizers.draw import draw_latents, race_keys
 
 CANDIDATES_PER_CODE = 8  # latents the seeding looks at; K passes over all of them would be slow
@@ -29,7 +30,7 @@ def kmeans(
         spherical: bring the codes back to length 1 after every step (spherical k-means).
         sync: see `softvq.distributed.collectives`.
     """
-    latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
+    latents = in_float32(latents)
     even = latents.new_ones(len(latents))
     candidates, exists = draw_latents(latents, even, CANDIDATES_PER_CODE * codebook_size, sync)
     candidates = candidates[exists]
