@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from softvq import losses, metrics
-from softvq.data import Batch, Images
+from softvq.data import Images
 from softvq.distributed.collectives import sum_over_replicas
 from softvq.models import ImageModel, level_suffix
 from softvq.training.ranks import from_all, share_of
@@ -41,11 +41,6 @@ def in_batches(
 def to_pixels(images: Tensor, device: torch.device) -> Tensor:
     """uint8 (B, C, H, W) → float32 in [0, 1] on the device."""
     return images.to(device, non_blocking=True).float().div_(255)
-
-
-def first_images(data: Images, count: int, device: torch.device) -> Batch:
-    """The first `count` images of a set on the device, or all that there are."""
-    return next(data.load([torch.arange(min(count, len(data)))], device))
 
 
 def evaluate(model: ImageModel, data: Images, device: torch.device) -> SplitMetrics:

@@ -9,7 +9,7 @@ from softvq.data import Batch, DataError, DataSplits, Images
 from softvq.models import ImageModel, TrainingStep, level_suffix
 from softvq.training.build import build_model
 from softvq.training.config import TrainConfig
-from softvq.training.evaluation import evaluate, first_images, to_pixels
+from softvq.training.evaluation import evaluate, to_pixels
 from softvq.training.pictures import save_codebook_usage, save_rows
 from softvq.training.run_folder import RunFolder
 from softvq.training.showing import PER_ROW, Rows, reconstruction_rows, sample_rows
@@ -45,15 +45,12 @@ class ImageTask:
     def start(self, batch: Batch) -> None:
         """Let the first batch say where codes and temperature begin."""
         images, _ = batch
-        self.steering.start(self.model, self._pixels(images))
+        self.steering.start(self.model, to_pixels(images, self.device))
 
     def step(self, batch: Batch) -> TrainingStep:
         """The losses of a batch."""
         images, labels = batch
-        return self.model(self._pixels(images), labels)
-
-    def _pixels(self, images: Tensor) -> Tensor:
-        return to_pixels(images, self.device)
+        return self.model(to_pixels(images, self.device), labels)
 
     def evaluate(self, split: str) -> dict[str, float]:
         """Every metric of the model over a whole split."""
@@ -68,8 +65,9 @@ class ImageTask:
         return rows
 
     def _reconstructed(self, model: ImageModel, data: Images) -> Rows:
-        images, labels = first_images(data, PER_ROW, self.device)
-        return reconstruction_rows(model, self._pixels(images), labels)
+        first = torch.arange(min(PER_ROW, len(data)))
+        images, labels = next(data.load([first], self.device))
+        return reconstruction_rows(model, to_pixels(images, self.device), labels)
 
     def finish(self, model: ImageModel, run: RunFolder) -> dict[str, float]:
         """Metrics of the best model over the test split; its pictures go to the run folder."""

@@ -4,7 +4,7 @@ import resource
 import sys
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from softvq.training.task import Batch, Task
@@ -28,7 +28,8 @@ def activation_bytes(task: Task, batch: Batch, dtype: torch.dtype) -> int:
 
     dtype: in which the networks multiply. Storages count once; weights and buffers do not.
     """
-    own = {tensor.untyped_storage().data_ptr() for tensor in _state(task.model)}
+    state = (*task.model.parameters(), *task.model.buffers())
+    own = {tensor.untyped_storage().data_ptr() for tensor in state}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -44,7 +45,3 @@ def activation_bytes(task: Task, batch: Batch, dtype: torch.dtype) -> int:
         seen = task.step(batch)  # its graph keeps the storages alive until all are counted
     del seen
     return sum(kept.values())
-
-
-def _state(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]

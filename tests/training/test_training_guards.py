@@ -13,12 +13,14 @@ from softvq.quantizers import EMAVQ, VQ
 from softvq.training import steering
 from softvq.training.config import IMAGES, MODELS, TrainConfig, torch_device
 from softvq.training.guards import Guard, TrainingError
+from softvq.training.images import ImageTask
 from softvq.training.load import load_task
 from softvq.training.run_folder import RunFolder
 from softvq.training.task import Task
 from softvq.training.trainer import Trainer, train
 
 NAN, INF = float("nan"), float("inf")
+TO_PIXELS = "softvq.training.images.to_pixels"
 
 
 @pytest.fixture
@@ -28,16 +30,16 @@ def config(tiny_run):
 
 def spoil(monkeypatch, task: Task, steps):
     """Make the batches of these steps, 0 the next one, NaN: images, or the loss where are none."""
-    taken, step, pixels = iter(range(10**6)), task.step, getattr(task, "_pixels", None)
+    taken, step = iter(range(10**6)), task.step
 
     def spoilt(batch):
         if next(taken) not in steps:
             return step(batch)
-        if pixels is None:
+        if not isinstance(task, ImageTask):
             seen = step(batch)
             return seen._replace(losses={k: v * NAN for k, v in seen.losses.items()})
         with monkeypatch.context() as patch:
-            patch.setattr(task, "_pixels", lambda images: pixels(images) * NAN)
+            patch.setattr(TO_PIXELS, lambda images, _: images * NAN)
             return step(batch)
 
     monkeypatch.setattr(task, "step", spoilt)
@@ -144,7 +146,7 @@ def test_a_run_that_skips_says_so_once_and_in_its_metrics(config, tmp_path, monk
     def one_bad(self, batch):
         with monkeypatch.context() as patch:
             if next(steps) in (3, 7):
-                patch.setattr(self.task, "_pixels", lambda images: images * NAN)
+                patch.setattr(TO_PIXELS, lambda images, _: images * NAN)
             forward(self, batch)
 
     monkeypatch.setattr(Trainer, "_step", one_bad)
@@ -161,7 +163,7 @@ def test_a_run_that_skips_says_so_once_and_in_its_metrics(config, tmp_path, monk
 
 def test_a_run_with_nothing_but_bad_steps_ends(tiny_runs, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "softvq.training.images.to_pixels",
+        TO_PIXELS,
         lambda images, device: images.float() / 255 + (NAN if len(images) == 32 else 0),
     )
     config = RunFolder(tiny_runs("ae")).read_config()
@@ -244,7 +246,7 @@ def test_bad_steps_may_be_skipped_from_the_checkpoint_before(config, tmp_path, m
     def bad_at_seven(self, batch):
         with monkeypatch.context() as patch:
             if self.progress.step == 6:
-                patch.setattr(self.task, "_pixels", lambda images: images * NAN)
+                patch.setattr(TO_PIXELS, lambda images, _: images * NAN)
             forward(self, batch)
 
     monkeypatch.setattr(Trainer, "_step", bad_at_seven)
