@@ -6,14 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from softvq.training.families import CONTINUOUS, GUMBEL, PRIOR
-from softvq.training.settings import ConfigError, check, text_of
+from softvq.training.settings import ConfigError, check, check_idle, text_of
 
-# settings of the data set "folder": with others they have to be one of these
-OF_FOLDERS = {
-    "stream": (None, "auto", "off"),
-    "workers": (None,),
-    "on_bad_image": (None, "stop"),
-}
+OF_FOLDERS = ("stream", "workers", "on_bad_image")  # settings of the data set "folder"
 
 
 def check_values(settings: Any) -> None:
@@ -52,12 +47,13 @@ def check_combinations(settings: Any) -> None:
             f"data_dir: {settings.data_dir} does not apply to data digits, which have no folder; "
             "give --data too, such as --data folder for a folder of pictures"
         )
-    for name, idle in OF_FOLDERS.items():
-        value = getattr(settings, name)
-        if settings.data != "folder" and value not in idle:
-            raise ConfigError(
-                f"{name}: {value} does not apply to data {settings.data}, only to folder"
-            )
+    check_idle(settings, "data", ("folder",), *OF_FOLDERS)
+    check_idle(settings, "architecture", ("dense",), "hidden")
+    check_idle(settings, "architecture", ("conv",), "residual_blocks")
+    if settings.model != "vqvae2":  # between its levels lie maps of that width
+        check_idle(settings, "architecture", ("conv",), "width")
+    check_idle(settings, "decoder_input", ("quantized",), "commitment_weight")
+    check_idle(settings, "temperature_schedule", ("exponential", "cosine"), "temperature_ratio")
     if settings.model in CONTINUOUS and settings.model != "ae" and settings.kl_weight == 0:
         raise ConfigError(f"kl_weight: 0 makes the {settings.model} an autoencoder; use model ae")
     if settings.model in GUMBEL and settings.temperature_schedule == "learned":

@@ -149,3 +149,20 @@ def check(settings: Any, names: str, allowed: Callable[[Any], object], text: str
         value = getattr(settings, name)
         if value is not None and not allowed(value):
             raise ConfigError(f"{name}: {value} is not allowed; it must be {text}")
+
+
+def check_idle(settings: Any, other: str, needed: Sequence[str], *names: str) -> None:
+    """Raise ConfigError for one of the names that does nothing, for `other` is not as needed.
+
+    Its default does not count as given: every config.toml has it.
+    """
+    found = getattr(settings, other)
+    if found is None or found in needed:
+        return
+    for name in names:
+        value = getattr(settings, name)
+        defaults = settings.__dataclass_fields__[name].metadata["defaults"]
+        if value not in (None, defaults.get(settings.model)):
+            raise ConfigError(
+                f"{name}: {value} does not apply to {other} {found}, only to {', '.join(needed)}"
+            )

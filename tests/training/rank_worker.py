@@ -39,7 +39,8 @@ EQUAL = {
     "soft-beside": tiny("soft-vqvae", 30, kl_weight=0.0, entropy_weight=0.1),
     "ema": tiny("vqvae-ema", 30, codebook_start="random", dead_code_threshold=0.0, decay=0.9),
 }
-SMALL = {"evaluate_every": 200, "checkpoint_every": 200, "architecture": "dense", "hidden": "16"}
+DENSE = {"architecture": "dense", "hidden": "16", "width": None}
+SMALL = {"evaluate_every": 200, "checkpoint_every": 200, **DENSE}
 LONG = {
     "soft-200": tiny("soft-vqvae", 200, dead_code_threshold=0.5, **SMALL),
     "ema-200": tiny("vqvae-ema", 200, dead_code_threshold=0.5, decay=0.9, **SMALL),

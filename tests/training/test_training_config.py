@@ -131,12 +131,38 @@ def test_settings_that_do_not_go_together(settings, message):
         {"temperature_schedule": "learned", "codebook_loss": "likelihood"},
         {"decoder_input": "quantized"},
         {"temperature_ratio": "1.0", "temperature": "1e-3"},
-        {"latent_grid": "7x5", "hidden": "3", "residual_blocks": 0, "kl_weight": 0},
+        {"latent_grid": "7x5", "residual_blocks": 0, "kl_weight": 0},
+        {"architecture": "dense", "hidden": "3"},
+        {"decoder_input": "quantized", "commitment_weight": 0.5},
+        {"model": "vqvae2", "architecture": "dense", "width": 8},  # of the maps between its levels
     ],
     ids=str,
 )
 def test_settings_that_do(settings):
     TrainConfig(**settings)
+
+
+IDLE = [
+    ("on_bad_image", "skip", {"data": "mnist"}, "only to folder"),
+    ("hidden", "64", {}, "architecture conv, only to dense"),
+    ("width", 16, {"architecture": "dense"}, "architecture dense, only to conv"),
+    ("residual_blocks", 2, {"model": "vqvae2", "architecture": "dense"}, "only to conv"),
+    ("commitment_weight", 0.5, {}, "decoder_input latent, only to quantized"),
+    (
+        "temperature_ratio",
+        "0.1",
+        {"temperature": "1", "temperature_schedule": "constant"},
+        "temperature_schedule constant, only to exponential, cosine",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "others", "said"), IDLE, ids=str)
+def test_a_setting_that_would_do_nothing_is_refused(name, value, others, said):
+    with pytest.raises(ConfigError, match=f"^{name}: {value} does not apply to .*{said}$"):
+        TrainConfig(**others, **{name: value})
+    default = getattr(TrainConfig(**others), name)  # as every config.toml has it
+    assert TrainConfig(**others, **{name: default}) == TrainConfig(**others)
 
 
 def test_cuda_where_there_is_none(monkeypatch):
