@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import io
 import os
 import signal
@@ -25,7 +24,13 @@ from softvq.training.plan import plan
 from softvq.training.ranks import was_restarted
 from softvq.training.report import write_report
 from softvq.training.run_folder import RunError, RunFolder
-from softvq.training.settings import ConfigError, describe_default, read_from, value_types
+from softvq.training.settings import (
+    ConfigError,
+    describe_default,
+    nearest_hint,
+    read_from,
+    value_types,
+)
 from softvq.training.trainer import train
 
 # settings that a resumed run may have otherwise
@@ -51,8 +56,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             parser = getattr(known, "parser", self)
             options = [o for action in parser._actions for o in action.option_strings]
-            close = difflib.get_close_matches(unknown[0].partition("=")[0], options, n=1)
-            hint = f", did you mean {close[0]}?" if close else ""
+            hint = nearest_hint(unknown[0].partition("=")[0], options)
             parser.error(f"unknown option {unknown[0]}{hint}")
         return known
 
@@ -169,12 +173,12 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     kinds = value_types(TrainConfig)
     for item in dataclasses.fields(TrainConfig):
         name = item.metadata["group"]
-        group = groups.setdefault(name, None) or parser.add_argument_group(name)
-        groups[name] = group
+        if name not in groups:
+            groups[name] = parser.add_argument_group(name)
         text = (item.metadata["help"] + describe_default(item, MODELS)).replace("%", "%%")
         kind = kinds[item.name]
         literal = get_origin(kind) is Literal
-        group.add_argument(
+        groups[name].add_argument(
             "--" + item.name.replace("_", "-"),
             dest=item.name,
             default=argparse.SUPPRESS,
@@ -185,9 +189,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 def train_command(options: argparse.Namespace) -> int:
     """softvq train: 0 when finished, 130 when stopped by a signal."""
-    given = {
-        name: value for name, value in vars(options).items() if name in value_types(TrainConfig)
-    }
+    names = value_types(TrainConfig)
+    given = {name: value for name, value in vars(options).items() if name in names}
     values = read_config(options.config) if options.config else {}
     from_file = values.keys() - given.keys()
     given = values | given

@@ -235,7 +235,7 @@ def test_a_truncated_idx_file(tmp_path, capsys):
     ("text", "message"),
     [
         ("steps = = 2", "c.toml: not valid TOML ("),
-        ("stepz = 2", "c.toml: unknown setting 'stepz', did you mean 'steps'?"),
+        ("stepz = 2", "c.toml: unknown setting 'stepz', did you mean steps?"),
         ("steps = 'two'", "c.toml: steps: 'two' is not a whole number"),
         ("data_dir = 3", "c.toml: data_dir: 3 is not a path"),
         ("steps = 0", "c.toml: steps: 0 is not allowed; it must be from 1 to 2^48"),

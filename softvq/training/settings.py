@@ -131,7 +131,7 @@ def read_from(path: Path, names: Container[str]) -> Iterator[None]:
 def nearest_hint(name: str, names: Iterable[str]) -> str:
     """ ", did you mean …?" for a misspelt name, or nothing."""
     close = difflib.get_close_matches(name, list(names), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
+    return f", did you mean {close[0]}?" if close else ""
 
 
 def check_type(name: str, value: Any, kind: Any) -> None:

@@ -193,7 +193,7 @@ def test_toml_and_back(tmp_path, data_dir):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"codebok_size = 8", "unknown setting 'codebok_size', did you mean 'codebook_size'?"),
+        (b"codebok_size = 8", "unknown setting 'codebok_size', did you mean codebook_size?"),
         (b"xyzzy = 8", "unknown setting 'xyzzy'"),
         (b"steps = = 3", "not valid TOML"),
         (b"\xff\xfe\x00", "not valid TOML"),
