@@ -44,4 +44,4 @@ class Autoencoder(EncoderDecoder):
         only the prior's mean and variance. A model without classes counts the labels only.
         """
         z = torch.randn(len(labels), *self.latent_shape, generator=generator, device=labels.device)
-        return self.decode(z, labels)
+        return self.decode(z.to(next(self.decoder.parameters()).dtype), labels)

@@ -162,6 +162,7 @@ def test_labels_follow_a_converted_model(images, labels, dtype):
     model = build(classes=CLASSES).to(dtype)
     loss = model(images.to(dtype), labels).losses["loss"]
     assert loss.isfinite() and model.encode(images.to(dtype), labels).z.dtype == dtype
+    assert model.eval().sample(labels).isfinite().all()
 
 
 def test_a_missing_label_is_an_error(images):
