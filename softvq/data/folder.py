@@ -1,6 +1,7 @@
 """A folder of pictures, or of tar shards of them, as a data set."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,9 +75,15 @@ def load_folder(root: Path, image_size: tuple[int, int] | None, reading: Reading
 
 
 def is_among(root: Path, path: Path) -> bool:
-    """Whether pictures in the folder `path` are, or would be, images of `load_folder(root)`."""
+    """Whether pictures in the folder `path` are, or would be, images of `load_folder(root)`.
+
+    The links that are followed are those to folders of classes, not those further down.
+    """
+    folders = _split_folders(root)
+    links = (entry for folder in folders for entry in folder.glob("*") if entry.is_symlink())
     place = path.resolve()
-    return any(place.is_relative_to(folder.resolve()) for folder in _split_folders(root))
+    # Of a link that leads to itself resolve() makes an error.
+    return any(place.is_relative_to(os.path.realpath(folder)) for folder in (*folders, *links))
 
 
 def _split_folders(root: Path) -> list[Path]:

@@ -69,6 +69,19 @@ def test_a_run_is_not_made_among_its_own_images(model, tiny_run, tmp_path, capsy
     assert not (folder / "runs").exists()
 
 
+@pytest.mark.parametrize("splits", [(".",), ("train", "test")], ids=str)
+def test_a_run_is_not_made_among_images_behind_a_link(splits, tmp_path):
+    elsewhere = paint(tmp_path / "elsewhere", 20, size=(8, 8))
+    for split in splits:
+        folder = tmp_path / "pictures" / split
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "class").symlink_to(elsewhere)
+    config = TrainConfig(data="folder", data_dir=tmp_path / "pictures", steps=1, width=2, workers=0)
+    with pytest.raises(RunError, match="lies in the folder of the images"):
+        train(config, elsewhere / "run", quiet=True)
+    assert train(config, tmp_path / "run", quiet=True)
+
+
 def test_a_run_may_lie_beside_the_folders_of_the_splits(tmp_path):
     for split in ("train", "test"):
         paint(tmp_path / split, 20, size=(8, 8))
