@@ -28,6 +28,14 @@ def paint(folder: Path, count: int, classes=("ant", "bee"), size=SIZE) -> Path:
     return folder
 
 
+def plain(folder: Path, sizes) -> Path:
+    """A folder of black pictures 0.png, 1.png … of these (width, height)."""
+    folder.mkdir()
+    for number, size in enumerate(sizes):
+        Image.new("L", size).save(folder / f"{number}.png")
+    return folder
+
+
 def pack(path: Path, members: dict[str, bytes]) -> Path:
     """A tar shard of files by name."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from softvq.cli import main
 from softvq.training.lock import locked
 from softvq.training.run_folder import RunError
+from tests.refusals import refused
 
 
 @pytest.fixture
@@ -36,21 +36,12 @@ def holder(folder):
     process.join()
 
 
-def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as caught:
-        main(["train", *map(str, arguments), "--quiet"])
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    return error.removeprefix("softvq train: error: ")
-
-
 def test_the_second_of_two_trainers_refuses_until_the_first_is_killed(
     holder, folder, tiny_run, capsys
 ):
     (folder / "config.toml").write_bytes((tiny_run / "config.toml").read_bytes())
     for option in ("--resume", "--overwrite"):
-        line = refused(capsys, option, "--out", folder)
+        line = refused(capsys, "train", option, "--out", folder, "--quiet")
         assert line.startswith(f"{folder}: process {holder.pid} on ")
         assert "is training there" in line
     assert (folder / "config.toml").read_bytes() == (tiny_run / "config.toml").read_bytes()
@@ -101,9 +92,9 @@ def test_a_read_only_run_folder(options, folder, tiny_run, capsys, monkeypatch):
         return open_file(path, flags, *mode)
 
     monkeypatch.setattr(os, "open", refuse_to_write)
-    line = refused(capsys, *options, "--out", folder)
+    line = refused(capsys, "train", *options, "--out", folder, "--quiet")
     assert line == (
         f"{folder}: cannot write a run there (Read-only file system); choose another folder with "
-        "--out\n"
+        "--out"
     )
     assert sorted(folder.iterdir()) == before
