@@ -22,8 +22,8 @@ STEPS = 12
 
 
 @pytest.fixture(autouse=True)
-def busy(monkeypatch):
-    """Whatever is done now and then is done within a few steps."""
+def busy(tiny_run, monkeypatch):
+    """Whatever is done now and then is done within a few steps; not in the run that others see."""
     monkeypatch.setattr(steering, "RESTART_EVERY", 2)
     monkeypatch.setattr(steering, "RESTART_FROM", 0.0)
     monkeypatch.setattr("softvq.training.temperature.MEASURE_EVERY", 3)
