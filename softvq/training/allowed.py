@@ -29,7 +29,7 @@ def check_values(settings: Any) -> None:
     check(settings, "decay dropout", lambda v: 0 <= v < 1, "a number in [0, 1)")
     # The last temperature is the product of the two, and has to be one that a quantizer takes.
     check(settings, "temperature_ratio", _is_ratio, "auto or a number from 1e-10 to 1")
-    check(settings, "temperature", _is_temperature, "auto or a number from 1e-10 to 1e10")
+    check(settings, "temperature", _is_start, "auto or a number from 1e-10 to 1e10")
     check(settings, "latent_grid image_size", _is_size, "a size such as 7 or 7x5")
     hidden = re.compile(r"[1-9]\d{0,13}(,[1-9]\d{0,13})*").fullmatch
     check(settings, "hidden", hidden, "sizes below 10^14, such as 256,64")
@@ -102,7 +102,7 @@ def is_temperature(value: float) -> bool:
     return 1e-10 <= value <= 1e10
 
 
-def _is_temperature(text: str) -> bool:
+def _is_start(text: str) -> bool:
     try:
         return text == "auto" or is_temperature(float(text))
     except ValueError:
@@ -110,4 +110,4 @@ def _is_temperature(text: str) -> bool:
 
 
 def _is_ratio(text: str) -> bool:
-    return _is_temperature(text) and (text == "auto" or float(text) <= 1)
+    return _is_start(text) and (text == "auto" or float(text) <= 1)
