@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from softvq.models import TrainingStep
-from softvq.training.task import Batch
+from softvq.training.task import Examples
 
 WARM_STEPS = 11  # before recording: what is compiled, tuned or placed at first must have been
 
-Compute = Callable[[Batch, Tensor], TrainingStep]
+Compute = Callable[[Examples, Tensor], TrainingStep]
 Recorder = Callable[[Callable[[], TrainingStep]], Callable[[], TrainingStep]]
 
 
@@ -23,12 +23,12 @@ class Replayed:
 
     def __init__(self, compute: Compute, say: Callable[[str], None], recorder: Recorder):
         self.compute, self.say, self.recorder = compute, say, recorder
-        self.inputs: tuple[Batch, Tensor] | None = None
+        self.inputs: tuple[Examples, Tensor] | None = None
         self.aside: torch.cuda.Stream | None = None  # one: each has a memory cache of its own
         self.run = self._warm_up
         self.warm = 0
 
-    def __call__(self, batch: Batch, progress: float) -> TrainingStep:
+    def __call__(self, batch: Examples, progress: float) -> TrainingStep:
         if self.inputs is None:
             still = torch.empty((), device=batch[0].device)
             self.inputs = (tuple(map(torch.empty_like, batch)), still)

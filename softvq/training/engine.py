@@ -16,7 +16,7 @@ from softvq.training import ranks
 from softvq.training.config import TrainConfig
 from softvq.training.cuda_graph import Recorder, Replayed, first_line, record
 from softvq.training.guards import Guard
-from softvq.training.task import Batch, Task
+from softvq.training.task import Examples, Task
 
 COMPILE_FROM = 20_000  # steps: a shorter run is over before it has won back the compilation
 
@@ -50,10 +50,10 @@ class Engine:
         if device.type == "cuda" and ranks.count() == 1:
             recorder = recorder or record
         self.replayed = None if recorder is None else Replayed(self._compute, say, recorder)
-        self.compiled: Callable[[Batch], TrainingStep] | None = None
+        self.compiled: Callable[[Examples], TrainingStep] | None = None
         self.taken = 0
 
-    def step(self, batch: Batch, number: int) -> TrainingStep:
+    def step(self, batch: Examples, number: int) -> TrainingStep:
         """Step number `number`, from 1, on training examples that are on the device.
 
         The tensors it returns may be overwritten by the next step. On a GPU the learning rates of
@@ -74,7 +74,7 @@ class Engine:
         self.guard.restore()
         return seen
 
-    def _compute(self, batch: Batch, progress: float | Tensor) -> TrainingStep:
+    def _compute(self, batch: Examples, progress: float | Tensor) -> TrainingStep:
         """All that the device does in every step."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             seen = ranks.averaged((self.compiled or self.task.step)(batch))
@@ -105,7 +105,7 @@ class Engine:
             self.task.step, fullgraph=True, dynamic=False, backend=self.backend
         )
 
-        def forward(batch: Batch) -> TrainingStep:
+        def forward(batch: Examples) -> TrainingStep:
             try:
                 return compiled(batch)
             except TorchDynamoException as error:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from softvq.training.task import Batch, Task
+from softvq.training.task import Examples, Task
 
 
 def peak_memory(device: torch.device) -> int:
@@ -23,7 +23,7 @@ def bytes_of(tensors: list[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def activation_bytes(task: Task, batch: Batch, dtype: torch.dtype) -> int:
+def activation_bytes(task: Task, batch: Examples, dtype: torch.dtype) -> int:
     """What one forward pass of a batch, on the CPU, keeps for the backward pass.
 
     dtype: in which the networks multiply. Storages count once; weights and buffers do not.

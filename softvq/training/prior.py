@@ -25,7 +25,7 @@ from softvq.training.ranks import from_all, share_of
 from softvq.training.run_folder import RunFolder
 from softvq.training.showing import PER_ROW, ROWS, Rows, even_labels, sampled_rows
 from softvq.training.steering import Steering
-from softvq.training.task import Batch
+from softvq.training.task import Examples
 
 
 class PriorTask:
@@ -63,16 +63,16 @@ class PriorTask:
         self.decoded_bytes, self.streamed = self.data_bytes, False
         self.indexed_on = self.train.labels.device
 
-    def load(self, batches: Iterable[Tensor]) -> Iterator[Batch]:
+    def load(self, batches: Iterable[Tensor]) -> Iterator[Examples]:
         """Codes (B, h, w) int64 of each level, then labels (B,), of each batch of indices, (B,)."""
         for chosen in batches:
             codes, labels = self.train.batch(chosen)
             yield *codes.values(), labels
 
-    def start(self, batch: Batch) -> None:
+    def start(self, batch: Examples) -> None:
         """Nothing to measure before the first step."""
 
-    def step(self, batch: Batch) -> TrainingStep:
+    def step(self, batch: Examples) -> TrainingStep:
         """The losses of a batch."""
         *codes, labels = batch
         named = dict(zip(self.train.codes, codes, strict=True))

@@ -11,7 +11,7 @@ from softvq.training.run_folder import RunFolder
 from softvq.training.showing import Rows
 from softvq.training.steering import Steering
 
-Batch = tuple[Tensor, ...]  # (B, ...) each, on the device: some training examples
+Examples = tuple[Tensor, ...]  # (B, ...) each, on the device: some training examples
 
 
 class Task(Protocol):
@@ -29,13 +29,13 @@ class Task(Protocol):
     streamed: bool  # whether it is not
     indexed_on: torch.device  # where `load` wants its indices
 
-    def load(self, batches: Iterable[Tensor]) -> Iterator[Batch]:
+    def load(self, batches: Iterable[Tensor]) -> Iterator[Examples]:
         """The training examples of each batch of indices, (B,) int64."""
 
-    def start(self, batch: Batch) -> None:
+    def start(self, batch: Examples) -> None:
         """Look at the first batch before any step."""
 
-    def step(self, batch: Batch) -> TrainingStep:
+    def step(self, batch: Examples) -> TrainingStep:
         """The losses of a batch."""
 
     def evaluate(self, split: str) -> dict[str, float]:

@@ -27,7 +27,7 @@ from softvq.training.origin import Origin
 from softvq.training.outbox import Outbox
 from softvq.training.resume import resume_run
 from softvq.training.run_folder import RunFolder, model_bytes
-from softvq.training.task import Batch, Task
+from softvq.training.task import Examples, Task
 from softvq.training.tensorboard import Board, check_tensorboard
 from softvq.training.trace import check_trace, traced
 
@@ -176,7 +176,7 @@ class Trainer:
                 f"{self.run.path} --resume"
             ) from None
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[Examples]:
         """This rank's parts of the batches that are still to come."""
         whole = batches(
             *(self.task.examples, self.config.batch_size, self.config.seed, self.progress.step),
@@ -195,7 +195,7 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.config.steps
 
-    def _step(self, batch: Batch) -> None:
+    def _step(self, batch: Examples) -> None:
         started = time.perf_counter()
         self.model.train()
         set_learning_rates(self.optimizer, self.config, self.progress.step)
