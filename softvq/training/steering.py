@@ -4,11 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from softvq.models import LEVEL, ImageModel, SoftVQVAE, TrainingStep
-from softvq.quantizers import DeadCodeRestart, GumbelVQ, SoftVQ
+from softvq.quantizers import Annealing, DeadCodeRestart, GumbelVQ, SoftVQ
+from softvq.quantizers.annealing import FALLING
 from softvq.schedules import annealed
 from softvq.training.config import TrainConfig
-from softvq.training.temperature import FALLING, Temperature
 
+MEASURE_EVERY = 10  # steps between two eigenvalue problems
 RESTART_EVERY = 25  # steps between two looks for dead codes
 # Share of the run: before it the codes still lie together, after it they should settle.
 RESTART_FROM, RESTART_UNTIL = 0.3, 0.9
@@ -39,35 +40,39 @@ class SoftSteering(Steering):
 
     def __init__(self, config: TrainConfig, quantizer: SoftVQ):
         super().__init__()
-        self.steered = (quantizer,)  # in a tuple: its weights are not part of this state
-        self.temperature = Temperature(config, quantizer)
+        temperature, ratio = (
+            None if end == "auto" else float(end)
+            for end in (config.temperature, config.temperature_ratio)
+        )
+        self.annealing = Annealing(
+            quantizer, config.temperature_schedule, temperature=temperature, ratio=ratio
+        )
         self.restart = DeadCodeRestart(config.codebook_size, config.dead_code_threshold)
 
     @torch.no_grad()
     def start(self, model: SoftVQVAE, images: Tensor) -> None:
         """Place the codes among the first latents, and set T."""
-        self.temperature.start(*self.steered, model.encode(images).mean)
+        self.annealing.start(model.encode(images).mean)
 
     def follow(self, seen: TrainingStep, progress: float | Tensor) -> None:
         """Set T for the next step, and count the codes."""
-        (quantizer,) = self.steered
-        error = seen.losses["quantizing_error"]
-        self.temperature.update(quantizer, seen.latents[LEVEL], error, progress)
+        self.annealing.update(seen.latents[LEVEL], seen.losses["quantizing_error"], progress)
         self.restart.update(seen.indices[LEVEL])
 
     def correct(self, seen: TrainingStep, step: int, progress: float) -> None:
         """Measure where T is critical; move dead codes to latents."""
-        (quantizer,) = self.steered
-        self.temperature.measure(quantizer, step, progress)
+        (quantizer,) = self.annealing.quantizer
+        if step % MEASURE_EVERY == 0:
+            self.annealing.measure(progress)
         if step % RESTART_EVERY == 0 and RESTART_FROM < progress < RESTART_UNTIL:
             self.restart.restart(quantizer.codebook, seen.latents[LEVEL])
 
     def gauges(self) -> dict[str, float]:
         """T, and where it would be critical."""
-        (quantizer,) = self.steered
+        (quantizer,) = self.annealing.quantizer
         return {
             "temperature": quantizer.temperature.item(),
-            "critical_temperature": self.temperature.critical_value.item(),
+            "critical_temperature": self.annealing.critical_value.item(),
         }
 
 
@@ -76,7 +81,7 @@ class GumbelSteering(Steering):
 
     def __init__(self, config: TrainConfig, quantizer: GumbelVQ):
         super().__init__()
-        self.steered = (quantizer,)
+        self.steered = (quantizer,)  # in a tuple: its weights are not part of this state
         self.schedule = config.temperature_schedule
         self.first = float(config.temperature)
         self.last = float(config.temperature_ratio) * self.first

@@ -26,7 +26,7 @@ def busy(tiny_run, monkeypatch):
     """Whatever is done now and then is done within a few steps; not in the run that others see."""
     monkeypatch.setattr(steering, "RESTART_EVERY", 2)
     monkeypatch.setattr(steering, "RESTART_FROM", 0.0)
-    monkeypatch.setattr("softvq.training.temperature.MEASURE_EVERY", 3)
+    monkeypatch.setattr("softvq.training.steering.MEASURE_EVERY", 3)
     monkeypatch.setattr(cuda_graph, "WARM_STEPS", 4)
 
 
@@ -221,7 +221,7 @@ def test_a_cuda_graph_is_the_step(tiny_runs, model, precision):
 @pytest.mark.gpu
 @pytest.mark.parametrize("model", ["soft-vqvae", "vqvae-ema", "pixelcnn"])
 def test_no_step_waits_for_the_device(tiny_runs, model, monkeypatch):
-    monkeypatch.setattr("softvq.training.temperature.MEASURE_EVERY", 10**6)
+    monkeypatch.setattr("softvq.training.steering.MEASURE_EVERY", 10**6)
     config = config_of(tiny_runs, model, device="cuda")
 
     class Watched(Engine):

@@ -113,7 +113,7 @@ BUSY = {"dead_code_threshold": 0.9}
 def test_a_skipped_step_leaves_everything_as_it_was(model, tiny_runs, tmp_path, monkeypatch):
     monkeypatch.setattr(steering, "RESTART_EVERY", 1)
     monkeypatch.setattr(steering, "RESTART_FROM", 0.0)
-    monkeypatch.setattr("softvq.training.temperature.MEASURE_EVERY", 1)
+    monkeypatch.setattr("softvq.training.steering.MEASURE_EVERY", 1)
     busy = BUSY if model in ("soft-vqvae", "vqvae-ema", "vqvae2") else {}
     trainer = trainer_of(tiny_runs(model), tmp_path, on_nan="skip", **busy)
     trainer.task.start(next(trainer._batches()))

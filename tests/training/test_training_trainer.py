@@ -110,7 +110,7 @@ def busy(request, tiny_runs, monkeypatch):
     """Settings under which every part with a state is at work within the 12 steps."""
     monkeypatch.setattr(steering, "RESTART_EVERY", 2)
     monkeypatch.setattr(steering, "RESTART_FROM", 0.0)
-    monkeypatch.setattr("softvq.training.temperature.MEASURE_EVERY", 3)
+    monkeypatch.setattr("softvq.training.steering.MEASURE_EVERY", 3)
     model = getattr(request, "param", "soft-vqvae")
     config = RunFolder(tiny_runs(model)).read_config()
     return dataclasses.replace(config, **BUSY.get(model, {}))
