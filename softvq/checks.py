@@ -72,12 +72,13 @@ def check_dtype(dtype: torch.dtype, **tensors: object) -> None:
     _check_tensors(f"a tensor of {dtype}", lambda x: x.dtype == dtype, tensors)
 
 
-def check_indices(least: int, size: int, indices: Tensor) -> None:
-    """Indices in [least, size), where they may be read. Raises ValueError."""
-    if may_read(indices) and indices.numel():
-        low, high = (int(x) for x in indices.aminmax())
-        if low < least or high >= size:
-            raise ValueError(f"indices must lie in [{least}, {size}), got {low} to {high}")
+def check_range(least: int, end: int, **tensors: Tensor) -> None:
+    """Whole numbers in [least, end), where they may be read. Raises ValueError."""
+    for name, value in tensors.items():
+        if may_read(value) and value.numel():
+            low, high = (int(x) for x in value.aminmax())
+            if low < least or high >= end:
+                raise ValueError(f"{name} must lie in [{least}, {end}), got {low} to {high}")
 
 
 def may_read(x: Tensor) -> bool:

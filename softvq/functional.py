@@ -11,7 +11,7 @@ from softvq.checks import (
     check_counts,
     check_dtype,
     check_floating,
-    check_indices,
+    check_range,
     check_temperatures,
     may_read,
 )
@@ -193,7 +193,7 @@ def code_sums(
             f"indices must have the shape of z without its last dimension, {tuple(z.shape[:-1])}; "
             f"got {tuple(indices.shape)}"
         )
-    check_indices(0, codebook_size, indices)
+    check_range(0, codebook_size, indices=indices)
     rows, indices = z.reshape(-1, z.shape[-1]), indices.reshape(-1)
     backend = _choose_backend(z, backend, support.obstacle(z))
     return operators.code_sums(rows, indices, codebook_size, backend)
@@ -246,7 +246,7 @@ def _prepare(
         )
     if z.device != codebook.device:
         raise ValueError(f"z is on {z.device} and codebook on {codebook.device}; use one device")
-    temperature = _temperature_tensor(temperature, z)
+    temperature = temperature_tensor(temperature, z)
     backend = _product_backend(z, codebook, backend)
 
     if codebook.dim() == 2:
@@ -276,7 +276,8 @@ def _choose_backend(z: Tensor, backend: str, obstacle: str | None) -> str:
     return backend
 
 
-def _temperature_tensor(temperature: float | Tensor, z: Tensor) -> Tensor:
+def temperature_tensor(temperature: float | Tensor, z: Tensor) -> Tensor:
+    """T () on the device of z. Raises TypeError or ValueError; a tensor on a GPU is not read."""
     if isinstance(temperature, Tensor):
         if temperature.dim() != 0 or not temperature.is_floating_point():
             raise ValueError(

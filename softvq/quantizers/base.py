@@ -12,6 +12,7 @@ from softvq.checks import (
     check_counts,
     check_floating,
     check_integers,
+    check_range,
     check_temperatures,
     check_weights,
 )
@@ -250,8 +251,8 @@ class Quantizer(KeepsFloat32):
 
         Raises:
             TypeError: indices that are no whole numbers.
-            ValueError: indices that do not end in an axis of the heads.
-            IndexError: an index from K up.
+            ValueError: indices that do not end in an axis of the heads or, on a CPU, lie outside
+                [−1, K).
         """
         check_integers(indices=indices)
         if self.heads > 1 and indices.shape[-1:] != (self.heads,):
@@ -259,6 +260,7 @@ class Quantizer(KeepsFloat32):
                 f"indices must be (..., heads) with heads = {self.heads}, "
                 f"got {tuple(indices.shape)}"
             )
+        check_range(-1, self.codebook_size, indices=indices)
         indices = indices.long()  # of bytes, indexing would make a mask
         codes = codes_at(self.codebook, indices.clamp(min=0))
         return codes.masked_fill((indices < 0)[..., None], 0)

@@ -85,6 +85,7 @@ class GumbelVQ(TemperedQuantizer):
     @property
     def _logits_temperature(self) -> Tensor:
         """L, a 0-d tensor."""
+        check_temperatures(logits_temperature=self.logits_temperature)
         # A product: torch.full would be compiled with the number, and again for another.
         return self.log_temperature.new_ones(()) * self.logits_temperature
 

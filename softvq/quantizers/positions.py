@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softvq.checks import check_dtype, check_integers
+from softvq.checks import check_dtype, check_integers, check_range
 
 
 def valid_positions(
@@ -18,7 +18,8 @@ def valid_positions(
         mask: bool, of that shape.
         lens: (B,) integers; the first lens[b] positions of (B, N) count.
     Raises:
-        TypeError, ValueError: a dtype or shape that is not allowed, or both are given.
+        TypeError, ValueError: a dtype or shape that is not allowed, lengths beyond N (on a CPU),
+            or both are given.
     """
     if mask is not None and lens is not None:
         raise ValueError("give mask or lens, not both")
@@ -28,6 +29,7 @@ def valid_positions(
             raise ValueError(
                 f"lens must be (B,) for positions (B, N) = {tuple(shape)}, got {tuple(lens.shape)}"
             )
+        check_range(0, shape[1] + 1, lens=lens)
         return torch.arange(shape[1], device=device) < lens.to(device)[:, None]
     if mask is None:
         return None

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from softvq.checks import check_counts, check_decay, check_dtype, check_indices, check_weights
+from softvq.checks import check_counts, check_decay, check_dtype, check_range, check_weights
 from softvq.distributed.collectives import sum_over_replicas
 from softvq.functional import nearest_codes
 from softvq.quantizers.draw import draw_latents
@@ -72,7 +72,7 @@ class DeadCodeRestart(KeepsFloat32):
             ValueError: on a CPU, an index outside [-1, K).
         """
         check_dtype(torch.int64, indices=indices)
-        check_indices(-1, len(self.share), indices)
+        check_range(-1, len(self.share), indices=indices)
         rows = indices.flatten() + 1
         # bincount would wait for the device to say which index is the largest.
         counts = rows.new_zeros(len(self.share) + 1).scatter_add_(0, rows, torch.ones_like(rows))

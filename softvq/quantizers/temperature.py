@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from softvq.checks import check_temperatures
+from softvq.functional import temperature_tensor
 from softvq.quantizers.base import Quantizer
 from softvq.quantizers.precise import precise_dtype
 
@@ -35,10 +36,11 @@ class TemperedQuantizer(Quantizer):
         """Set T in place, without a host synchronisation when it is a tensor.
 
         Raises:
-            ValueError: a number below 1e-20 or above 1e20; a tensor is not read.
+            TypeError, ValueError: neither a number nor a 0-d tensor, or one below 1e-20 or above
+                1e20; a tensor on a GPU is not read.
         """
         if isinstance(temperature, Tensor):
-            self.log_temperature.copy_(temperature.log())
+            self.log_temperature.copy_(temperature_tensor(temperature, self.log_temperature).log())
         else:
             check_temperatures(temperature=temperature)
             self.log_temperature.fill_(math.log(temperature))

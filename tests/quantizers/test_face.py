@@ -286,6 +286,9 @@ def test_indices_of_any_whole_number():
         vq.get_output_from_indices([1, 0, 2])
     with pytest.raises(ValueError, match=r"\(\.\.\., heads\) with heads = 3, got \(4, 2\)"):
         layer(VQ, **SEPARATE).get_output_from_indices(torch.zeros(4, 2, dtype=torch.int64))
+    for index in (-2, CODES):
+        with pytest.raises(ValueError, match=rf"indices must lie in \[-1, {CODES}\), got {index}"):
+            vq.get_codes_from_indices(torch.tensor([index]))
 
 
 @each

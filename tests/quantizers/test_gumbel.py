@@ -191,3 +191,10 @@ def test_bad_options_are_named(options):
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=f"{name} must be .* got {value}"):
         layer(**options)
+
+
+def test_a_bad_logits_temperature_set_later_is_named():
+    vq = layer(kl_weight=0.0)
+    vq.logits_temperature = 0.0
+    with pytest.raises(ValueError, match=r"logits_temperature must be a number .*, got 0.0"):
+        vq(torch.randn(5, DIM))

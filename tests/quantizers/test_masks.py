@@ -127,6 +127,7 @@ def test_without_a_valid_row_every_parameter_has_a_gradient_of_zero(kind, option
         ({"lens": torch.ones(2)}, TypeError, "lens must be whole numbers, got torch.float32"),
         ({"lens": [1, 3]}, TypeError, "lens must be whole numbers, got a list"),
         ({"lens": torch.ones(3, dtype=torch.int64)}, ValueError, r"lens must be \(B,\) .* \(3,\)"),
+        ({"lens": torch.tensor([4, -1])}, ValueError, r"lens must lie in \[0, 4\), got -1 to 4"),
         (
             {
                 "lens": torch.ones(2, dtype=torch.int64),
@@ -136,7 +137,7 @@ def test_without_a_valid_row_every_parameter_has_a_gradient_of_zero(kind, option
             "give mask or lens, not both",
         ),
     ],
-    ids=["dtype", "list", "shape", "lens dtype", "lens list", "lens shape", "both"],
+    ids=["dtype", "list", "shape", "lens dtype", "lens list", "lens shape", "lens values", "both"],
 )
 def test_bad_masks_are_named(arguments, error, message):
     with pytest.raises(error, match=message):

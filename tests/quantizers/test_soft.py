@@ -268,3 +268,16 @@ def test_state_dict_holds_codes_and_temperature(learned):
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         layer(**options)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.tensor(-1.0), "temperature must be a number from 1e-20 to 1e.20, got -1.0"),
+        (torch.ones(1), r"temperature must be a number or a 0-d .* shape \(1,\)"),
+    ],
+    ids=str,
+)
+def test_bad_temperatures_to_set_are_named(value, message):
+    with pytest.raises(ValueError, match=message):
+        SoftVQ(DIM, CODES).set_temperature(value)
