@@ -17,12 +17,13 @@ from softvq.data import DATASETS, DataError
 from softvq.training.advice import is_out_of_memory
 from softvq.training.codes import SPLITS
 from softvq.training.commands import decode, encode, evaluate_run, reconstruct, sample
-from softvq.training.config import MODELS, TrainConfig, read_config, size_pair
+from softvq.training.config import MODELS, TrainConfig, read_config
 from softvq.training.guards import TrainingError
 from softvq.training.load import load_task
 from softvq.training.plan import plan
 from softvq.training.ranks import was_restarted
 from softvq.training.report import write_report
+from softvq.training.resume import resumed_config
 from softvq.training.run_folder import RunError, RunFolder
 from softvq.training.settings import (
     ConfigError,
@@ -32,9 +33,6 @@ from softvq.training.settings import (
     value_types,
 )
 from softvq.training.trainer import train
-
-# settings that a resumed run may have otherwise
-CHANGEABLE = ("device", "on_nan", "data_dir", "stream", "workers", "on_bad_image", "tokenizer")
 
 # what helps a command that takes as few images at once as it can
 OUT_OF_MEMORY = "close other programs, or use a machine or a GPU that has more"
@@ -222,32 +220,6 @@ def default_out(config: TrainConfig) -> Path:
     """Where a run goes that nobody gave a place."""
     source = config.data or config.tokenizer.absolute().name
     return Path("runs") / f"{source}-{config.model}"
-
-
-def resumed_config(run: RunFolder, given: dict[str, Any]) -> TrainConfig:
-    """The run's settings, if those given are the same. Raises ConfigError and RunError."""
-    config = run.read_config()
-    for name, value in given.items():
-        if name not in CHANGEABLE and meaning(name, value) != meaning(name, getattr(config, name)):
-            raise ConfigError(
-                f"{name}: {value} differs from the run's {getattr(config, name)}; a resumed run "
-                f"keeps its settings (only {', '.join(CHANGEABLE)} may change)"
-            )
-    changes = {name: given[name] for name in CHANGEABLE if name in given}
-    return dataclasses.replace(config, **changes)
-
-
-def meaning(name: str, value: Any) -> Any:
-    """What a setting's value stands for: the same for .5 and 0.5 as text, for 7 and 7x7."""
-    try:
-        match name:
-            case "latent_grid" | "image_size":
-                return size_pair(value)
-            case "temperature" | "temperature_ratio":
-                return float(value)
-    except (AttributeError, TypeError, ValueError):  # left open, auto, or not allowed
-        pass
-    return value
 
 
 def eval_command(options: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
-"""Going back to where a run stood."""
+"""Going back to where a run stood: its settings, its state, its files."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,42 @@ from softvq.training.checkpoint import (
     remove_checkpoints_after,
     sha256,
 )
+from softvq.training.config import TrainConfig, size_pair
 from softvq.training.files import write_bytes
 from softvq.training.history import read_metrics
 from softvq.training.run_folder import RunError, RunFolder, model_bytes
+from softvq.training.settings import ConfigError
 from softvq.training.warn import warn
+
+# settings that a resumed run may have otherwise
+CHANGEABLE = ("device", "on_nan", "data_dir", "stream", "workers", "on_bad_image", "tokenizer")
+
+
+def resumed_config(run: RunFolder, given: dict[str, Any]) -> TrainConfig:
+    """The run's settings, if those given are the same. Raises ConfigError and RunError."""
+    config = run.read_config()
+    for name, value in given.items():
+        found = getattr(config, name)
+        if name not in CHANGEABLE and _meaning(name, value) != _meaning(name, found):
+            raise ConfigError(
+                f"{name}: {value} differs from the run's {found}; a resumed run keeps its settings "
+                f"(only {', '.join(CHANGEABLE)} may change)"
+            )
+    changes = {name: given[name] for name in CHANGEABLE if name in given}
+    return dataclasses.replace(config, **changes)
+
+
+def _meaning(name: str, value: Any) -> Any:
+    """What a setting's value stands for: the same for .5 and 0.5 as text, for 7 and 7x7."""
+    try:
+        match name:
+            case "latent_grid" | "image_size":
+                return size_pair(value)
+            case "temperature" | "temperature_ratio":
+                return float(value)
+    except (AttributeError, TypeError, ValueError):  # left open, auto, or not allowed
+        pass
+    return value
 
 
 def resume_run(
