@@ -17,7 +17,8 @@ from softvq.data import DATASETS, DataError
 from softvq.training.advice import is_out_of_memory
 from softvq.training.codes import SPLITS
 from softvq.training.commands import decode, encode, evaluate_run, reconstruct, sample
-from softvq.training.config import MODELS, TrainConfig, read_config
+from softvq.training.config import TrainConfig, read_config
+from softvq.training.families import MODELS
 from softvq.training.guards import TrainingError
 from softvq.training.load import load_task
 from softvq.training.plan import plan

@@ -4,7 +4,8 @@ import shutil
 import pytest
 import torch
 
-from softvq.training.config import IMAGES, QUANTISED, TrainConfig
+from softvq.training.config import TrainConfig
+from softvq.training.families import IMAGES, QUANTISED
 from softvq.training.trainer import train
 
 if torch.cuda.is_available():

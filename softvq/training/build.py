@@ -23,14 +23,8 @@ from softvq.models import (
 from softvq.models.networks import halved
 from softvq.quantizers import EMAVQ, VQ, GumbelVQ, Quantizer, SoftVQ
 from softvq.training import machine
-from softvq.training.config import (
-    CONTINUOUS,
-    MOST_WORKERS,
-    PRIOR,
-    STREAM_ABOVE,
-    TrainConfig,
-    size_pair,
-)
+from softvq.training.config import MOST_WORKERS, STREAM_ABOVE, TrainConfig, size_pair
+from softvq.training.families import CONTINUOUS, PRIOR
 from softvq.training.ranks import is_first
 from softvq.training.settings import ConfigError
 from softvq.training.warn import warn

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from softvq.data import DataError, DataSplits
 from softvq.models import LEVEL, CodeLevel, ImageModel
-from softvq.training.config import CONTINUOUS, PRIOR
 from softvq.training.evaluation import batch_size, to_pixels
+from softvq.training.families import CONTINUOUS, PRIOR
 from softvq.training.files import replacing
 from softvq.training.run_folder import RunError, RunFolder
 

@@ -20,8 +20,9 @@ from softvq.training.codes import (
     read_codes,
     write_codes,
 )
-from softvq.training.config import PRIOR, torch_device
+from softvq.training.config import torch_device
 from softvq.training.evaluation import batch_size, evaluate, to_pixels
+from softvq.training.families import PRIOR
 from softvq.training.files import check_place, write_text
 from softvq.training.origin import check_data, images_of
 from softvq.training.pictures import save_rows

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -274,9 +274,6 @@ class TrainConfig:
                 if value is not None
             }
         )
-
-
-MODELS: tuple[str, ...] = get_args(Model)
 
 
 def torch_device(name: str = "auto") -> torch.device:

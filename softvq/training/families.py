@@ -1,6 +1,6 @@
 """The models there are, and which of them share settings."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 Model = Literal[
     "soft-vqvae",
@@ -18,3 +18,4 @@ QUANTISED = (*SOFT, "vqvae", "vqvae-ema", *GUMBEL, "vqvae2")
 CONTINUOUS = ("ae", "vae", "cvae")
 IMAGES = (*QUANTISED, *CONTINUOUS)
 PRIOR = ("pixelcnn",)
+MODELS: tuple[str, ...] = get_args(Model)

@@ -9,8 +9,9 @@ from softvq.data.watch import unwatched
 from softvq.training import ranks
 from softvq.training.build import build_data
 from softvq.training.codes import load_tokenizer
-from softvq.training.config import PRIOR, TrainConfig
+from softvq.training.config import TrainConfig
 from softvq.training.display import with_bar
+from softvq.training.families import PRIOR
 from softvq.training.images import ImageTask
 from softvq.training.origin import check_data, images_of
 from softvq.training.prior import PriorTask

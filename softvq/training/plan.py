@@ -2,8 +2,9 @@
 
 import torch
 
-from softvq.training.config import PRIOR, TrainConfig, torch_device
+from softvq.training.config import TrainConfig, torch_device
 from softvq.training.engine import compiles, uses_bfloat16
+from softvq.training.families import PRIOR
 from softvq.training.finish import device_name
 from softvq.training.memory import activation_bytes, bytes_of
 from softvq.training.task import Task

@@ -14,7 +14,8 @@ from softvq.quantizers.restart import restart_codes
 from softvq.training import evaluation, prior, steering
 from softvq.training.build import build_data, build_model
 from softvq.training.codes import encode_splits, load_tokenizer
-from softvq.training.config import IMAGES, QUANTISED, TrainConfig
+from softvq.training.config import TrainConfig
+from softvq.training.families import IMAGES, QUANTISED
 from softvq.training.ranks import joined
 from softvq.training.run_folder import RunFolder
 from softvq.training.settings import ConfigError

@@ -11,7 +11,8 @@ from softvq.models import CodeLevel
 from softvq.training import advice
 from softvq.training.advice import memory_advice, warn_of_collapse
 from softvq.training.checkpoint import Progress
-from softvq.training.config import QUANTISED, TrainConfig
+from softvq.training.config import TrainConfig
+from softvq.training.families import QUANTISED
 from softvq.training.guards import TrainingError
 from softvq.training.images import ImageTask
 from softvq.training.run_folder import RunFolder

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from softvq.data import DATASETS
-from softvq.training.config import MODELS, TrainConfig, read_config, size_pair, torch_device
+from softvq.training.config import TrainConfig, read_config, size_pair, torch_device
+from softvq.training.families import MODELS
 from softvq.training.settings import ConfigError, describe_default, value_types
 
 NAN, INF = float("nan"), float("inf")

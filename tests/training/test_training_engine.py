@@ -10,8 +10,9 @@ from torch._dynamo.utils import counters
 
 from softvq.schedules import annealed
 from softvq.training import cuda_graph, steering
-from softvq.training.config import MODELS, TrainConfig
+from softvq.training.config import TrainConfig
 from softvq.training.engine import COMPILE_FROM, Engine, compiles, uses_bfloat16
+from softvq.training.families import MODELS
 from softvq.training.load import load_task
 from softvq.training.optimizer import build_optimizer, set_learning_rates
 from softvq.training.run_folder import RunFolder

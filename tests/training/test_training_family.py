@@ -16,7 +16,8 @@ from softvq.training import images
 from softvq.training.build import build_data, build_model, build_quantizer
 from softvq.training.checkpoint import read_checkpoint
 from softvq.training.commands import evaluate_run
-from softvq.training.config import CONTINUOUS, IMAGES, MODELS, QUANTISED, TrainConfig
+from softvq.training.config import TrainConfig
+from softvq.training.families import CONTINUOUS, IMAGES, MODELS, QUANTISED
 from softvq.training.history import read_metrics
 from softvq.training.load import load_task
 from softvq.training.optimizer import build_optimizer

@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from softvq import data
 from softvq.quantizers import Quantizer
 from softvq.training import images
-from softvq.training.config import MODELS, PRIOR, TrainConfig
+from softvq.training.config import TrainConfig
 from softvq.training.engine import Engine
+from softvq.training.families import MODELS, PRIOR
 from softvq.training.load import load_task
 from softvq.training.optimizer import build_optimizer
 

@@ -11,7 +11,8 @@ from softvq.cli import main
 from softvq.models import TrainingStep
 from softvq.quantizers import EMAVQ, VQ
 from softvq.training import steering
-from softvq.training.config import IMAGES, MODELS, TrainConfig, torch_device
+from softvq.training.config import TrainConfig, torch_device
+from softvq.training.families import IMAGES, MODELS
 from softvq.training.guards import Guard, TrainingError
 from softvq.training.images import ImageTask
 from softvq.training.load import load_task

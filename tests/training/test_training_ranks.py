@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from softvq.training import ranks
-from softvq.training.config import MODELS
+from softvq.training.families import MODELS
 from softvq.training.settings import ConfigError
 from softvq.training.trainer import batches
 from tests.launch import RANKS, launch

@@ -14,7 +14,7 @@ import torch
 from softvq.cli import main
 from softvq.training import steering
 from softvq.training.checkpoint import read_checkpoint
-from softvq.training.config import MODELS
+from softvq.training.families import MODELS
 from softvq.training.guards import Guard
 from softvq.training.run_folder import RunError, RunFolder
 from softvq.training.trainer import Trainer, TrainingError, batches, set_learning_rates, train
