@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from softvq.training import steering, temperature
+from softvq.training import steering
 from softvq.training.config import TrainConfig
 from softvq.training.trainer import train
 
@@ -105,7 +105,7 @@ def ended(pid: int) -> bool:
 def main(folder: Path, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
     steering.RESTART_EVERY, steering.RESTART_FROM = 2, 0.0
-    temperature.MEASURE_EVERY = 3
+    steering.MEASURE_EVERY = 3
     started = time.perf_counter()
     train(CONFIG, folder / "whole", quiet=True)  # here: what it imports, the forks have
     seconds = time.perf_counter() - started

@@ -66,7 +66,7 @@ def precisely():
     def steer(*arguments):
         built = steering.build_steering(*arguments)
         if isinstance(built, steering.SoftSteering):
-            built.temperature.double()
+            built.annealing.double()
         return built
 
     patches = ExitStack()
