@@ -11,7 +11,7 @@ from softvq.training.trainer import train
 if torch.cuda.is_available():
     # cuBLAS wants this before it is deterministic (below), and reads it once.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-else:
+elif "SOFTVQ_EMULATE" not in os.environ:  # tests/kernels/conftest.py
     # Before triton is imported: its interpreter runs the kernels on the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
 
