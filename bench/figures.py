@@ -142,11 +142,9 @@ def collapse(rows: Rows) -> Figure | None:
     figure, (axes,) = _panels(1, rows[0], f"perplexity of the test split, {rows[0]['rows']} steps")
     lines = _lines(rows, "codes")
     _draw(axes, lines)
+    lower, upper = _lines(rows, "codes", "p20"), _lines(rows, "codes", "p80")
     for name in lines:
-        own = [r for r in rows if r["candidate"] == name]
-        (codes, low), (_, high) = (
-            zip(*_line(own, "codes", y), strict=True) for y in ("p20", "p80")
-        )
+        (codes, low), (_, high) = (zip(*band[name], strict=True) for band in (lower, upper))
         axes.fill_between(codes, low, high, color=_color(name), alpha=0.2, lw=0)
     ends = sorted(float(k) for k in _values(rows, "codes"))
     axes.plot(ends, ends, "--", color=QUIET, lw=0.8)
@@ -225,10 +223,10 @@ def _color(name: str) -> str:
     )
 
 
-def _lines(rows: Rows, x: str) -> dict[str, Line]:
+def _lines(rows: Rows, x: str, y: str = "p50") -> dict[str, Line]:
     """The line of every candidate that has one."""
     names = _values(rows, "candidate")
-    lines = {name: _line([r for r in rows if r["candidate"] == name], x) for name in names}
+    lines = {name: _line([r for r in rows if r["candidate"] == name], x, y) for name in names}
     return {name: line for name, line in lines.items() if line}
 
 

@@ -276,20 +276,22 @@ def _choose_backend(z: Tensor, backend: str, obstacle: str | None) -> str:
     return backend
 
 
-def temperature_tensor(temperature: float | Tensor, z: Tensor) -> Tensor:
+def temperature_tensor(temperature: float | Tensor, z: Tensor, name: str = "temperature") -> Tensor:
     """T () on the device of z. Raises TypeError or ValueError; a tensor on a GPU is not read."""
     if isinstance(temperature, Tensor):
         if temperature.dim() != 0 or not temperature.is_floating_point():
             raise ValueError(
-                "temperature must be a number or a 0-d floating-point tensor, got "
+                f"{name} must be a number or a 0-d floating-point tensor, got "
                 f"shape {tuple(temperature.shape)}, {temperature.dtype}"
             )
         if may_read(temperature):
-            check_temperatures(temperature=temperature.item())
+            check_temperatures(**{name: temperature.item()})
         return temperature.to(z.device)
-    check_temperatures(temperature=temperature)
-    one = torch.ones((), dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
-    return one * temperature  # torch.full would be compiled with the number, and again for another
+    check_temperatures(**{name: temperature})
+    like = {"dtype": torch.promote_types(z.dtype, torch.float32), "device": z.device}
+    if torch.compiler.is_compiling():  # each number that is filled in would be another graph
+        return torch.ones((), **like) * temperature
+    return torch.full((), temperature, **like)
 
 
 def _as_rows(output: Tensor, z: Tensor, codebook: Tensor) -> Tensor:

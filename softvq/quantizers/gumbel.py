@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from softvq import losses
 from softvq.checks import check_temperatures, check_weights
-from softvq.functional import soft_quantize, without_autocast
+from softvq.functional import soft_quantize, temperature_tensor, without_autocast
 from softvq.kernels import reference
 from softvq.quantizers.straight_through import (
     codes_at,
@@ -85,9 +85,8 @@ class GumbelVQ(TemperedQuantizer):
     @property
     def _logits_temperature(self) -> Tensor:
         """L, a 0-d tensor."""
-        check_temperatures(logits_temperature=self.logits_temperature)
-        # A product: torch.full would be compiled with the number, and again for another.
-        return self.log_temperature.new_ones(()) * self.logits_temperature
+        name = "logits_temperature"
+        return temperature_tensor(self.logits_temperature, self.log_temperature, name)
 
     def quantize(self, z: Tensor) -> GumbelQuantized:
         """Sample for latents (..., D), with heads (..., heads, D); in evaluation the nearest."""

@@ -37,11 +37,11 @@ class _Rotated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         z, codes = (in_float32(x.detach()) for x in ctx.saved_tensors)
         g = in_float32(grad)
-        start, end = normalize(z, dim=-1), normalize(codes, dim=-1)
+        z_length, length = (x.norm(dim=-1, keepdim=True) for x in (z, codes))
+        start, end = z / z_length, codes / length
         middle = normalize(start + end, dim=-1)
         # Rᵀg, where R = I − 2·middle·middleᵀ + 2·end·startᵀ turns start into end
         turned = g - 2 * _dot(g, middle) * middle + 2 * _dot(g, end) * start
-        length, z_length = codes.norm(dim=-1, keepdim=True), z.norm(dim=-1, keepdim=True)
         turns = (length > 0) & (z_length > 0)
         return torch.where(turns, length / z_length * turned, g).to(grad.dtype), None
 
