@@ -216,7 +216,9 @@ def test_step(quick, results):
 def test_the_nets_differ_in_nothing_but_the_operator(weight):
     """Outputs, loss and gradients of the plain quantizer are ours."""
     kinds = (step.SoftVQ, step.EagerSoftVQ)
-    quantizers = [kind(step.DIM, 8, commitment_weight=weight) for kind in kinds]
+    # So warm that scores are of order 1: what a CPU rounds of them then shows in no gradient.
+    options = {"temperature": step.DIM, "commitment_weight": weight}
+    quantizers = [kind(step.DIM, 8, **options) for kind in kinds]
     quantizers[1].load_state_dict(quantizers[0].state_dict())
     x, grad = torch.randn(2, 2, 3, 4, step.DIM)
     results = []
