@@ -7,6 +7,7 @@ for torch's own setting when the operator runs: a graph that was compiled under 
 it too, and a backward that of its own time, like the backward of a matrix product.
 """
 
+from contextlib import nullcontext
 from importlib import import_module
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from softvq.kernels import streaming
 from softvq.kernels.dtypes import accumulation_dtype
+from softvq.kernels.products import float32_products, torch_precision
 
 # Modules by name: the fused one is imported at its first call, for it needs triton.
 BACKENDS = {
@@ -34,21 +36,21 @@ def _register(signature: str, fake) -> None:
     def call(*args):
         *inputs, precision, backend = args
         function = getattr(import_module(BACKENDS[backend]), name)
-        # The backend chooses its own precision; autocast would lower its matrix products. And what
-        # differentiates it is not here: an exported graph has only the forward.
-        with torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):
-            outputs = function(*inputs, precision or _torch_precision())
-        return _promised(outputs, like=inputs[0])
+        z = inputs[0]
+        precision = precision or torch_precision(z.device)
+        products = nullcontext()  # the fused kernels have their own
+        if backend != "triton":
+            # The specification is exact, and so is what is said of other latents than float32.
+            rounds = backend == "streaming" and z.dtype == torch.float32
+            products = float32_products(precision if rounds else "highest", z.device)
+        # Autocast would lower the products of plain PyTorch. And what differentiates them is not
+        # here: an exported graph has only the forward.
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False), products:
+            outputs = function(*inputs, precision)
+        return _promised(outputs, like=z)
 
     _library.impl(name, call, "CompositeExplicitAutograd")
     torch.library.register_fake(f"softvq::{name}", fake, lib=_library)
-
-
-def _torch_precision() -> str:
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by torch.backends' newer names, which it refuses to translate
-        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
 
 
 def _promised(outputs, like: Tensor):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from softvq.kernels.centre import centre_of
 from softvq.kernels.dtypes import accumulation_dtype
+from softvq.kernels.products import float32_product
 
 
 def centre(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,7 +26,7 @@ def scores(z: Tensor, codebook: Tensor, temperature: Tensor) -> Tensor:
     z, codebook = centre(z, codebook)
     squared_distance = (
         z.square().sum(-1)[..., None]
-        - 2 * z @ codebook.mT
+        - float32_product(2 * z, codebook.mT)
         + codebook.square().sum(-1)[..., None, :]
     )
     return -squared_distance / temperature.to(z.dtype)
@@ -36,7 +37,7 @@ def soft_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
     """Quantized (H, N, D), indices (H, N), log-partition (H, N), entropy (H, N), nothing to save.
 
-    `precision` is for other backends: this one always computes in the accumulation dtype.
+    `precision` is for other backends.
     """
     s = scores(z, codebook, temperature)
     log_partition = s.logsumexp(-1)

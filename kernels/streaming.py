@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from softvq.kernels.centre import centre_of
 from softvq.kernels.dtypes import accumulation_dtype
+from softvq.kernels.products import float32_products
 
 BLOCK_ELEMENTS = 2**21  # rows × codes in one buffer: 8 MB of float32
 MIN_ROWS, MAX_ROWS = 32, 2048
@@ -49,7 +50,9 @@ class BlockSoftmax:
         """Scores z·c − ½‖c‖² of centred latents (R, D)."""
         self.rows = len(latents)
         self.scores = self._scores[: self.rows]
-        torch.mm(pad(latents, (0, 1), value=1), self.affine.T, out=self.scores)
+        # Rounded to bfloat16 or tf32, scores of hundreds would be off by what T may be.
+        with float32_products("highest", latents.device):
+            torch.mm(pad(latents, (0, 1), value=1), self.affine.T, out=self.scores)
 
     def run(self, latents: Tensor) -> None:
         """Scores, unnormalised weights and their sums of centred latents (R, D)."""
@@ -118,7 +121,7 @@ def soft_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
     """Quantized (H, N, D), indices (H, N), log-partition (H, N), entropy (H, N), nothing to save.
 
-    `precision` is for other backends: this one always computes in the accumulation dtype.
+    Whatever the precision, scores are exact; the other products are as torch is set to multiply.
     """
     heads, rows, _ = z.shape
     codes = codebook.shape[1]

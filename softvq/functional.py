@@ -68,7 +68,8 @@ def soft_quantize(
         precision: how the fused kernels may multiply float32 latents: "highest" is as accurate as
             float32 products, "high" only in the scores (the rest has bfloat16 operands), "medium"
             has bfloat16 operands throughout; None follows `torch.get_float32_matmul_precision()`.
-            The other backends ignore it.
+            "streaming" has float32 scores in any case, and multiplies the rest as torch does at
+            this precision; "reference" is always float32.
 
     Raises:
         TypeError: a tensor that is not floating point, a temperature that is no number.
@@ -148,7 +149,7 @@ def nearest_codes(
     z (..., D) and codebook (K, D), or (..., H, D) and (H, K, D). The lowest index wins a tie;
     without Triton a matrix product may round two equal codes apart and so choose the later one. The
     distance is differentiable in z and codebook. Arguments and errors as in `soft_quantize`, but
-    "high" here is as accurate as "highest", and "medium" rounds float32 to float16.
+    "high" here is as accurate as "highest", and "medium" rounds to float16, in the fused kernels.
     """
     z_heads, codebook_heads, _, backend = _prepare(z, codebook, 1.0, backend, precision)
     indices = operators.nearest(z_heads.detach(), codebook_heads.detach(), precision, backend)

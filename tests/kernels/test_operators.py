@@ -9,9 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import softvq
-from softvq.kernels import operators
+from softvq.kernels import operators, streaming
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SETTING = (torch.backends.cuda if DEVICE == "cuda" else torch.backends.mkldnn).matmul
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 TRITON = pytest.param("triton", marks=needs_triton)
 
@@ -92,9 +93,55 @@ def test_nearest_follows_the_setting_too(set_precision):
 @pytest.mark.parametrize(("newer", "name"), [("tf32", "high"), ("ieee", "highest")])
 def test_precision_set_by_the_newer_name(set_precision, newer, name):
     tensors = inputs()
-    torch.backends.cuda.matmul.fp32_precision = newer
+    SETTING.fp32_precision = newer
     results = with_gradients(every_result, *tensors, backend="triton")
     assert_same(results, explicit(*tensors)[name])
+
+
+REDUCED = {"high": {"ieee", "tf32"}, "medium": {"ieee", "tf32"}}
+if DEVICE == "cpu":
+    REDUCED = {"high": {"ieee"}, "medium": {"ieee", "bf16"}}
+
+
+@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+@pytest.mark.parametrize("precision", ["highest", "high", "medium", None])
+def test_plain_products_follow_the_call(set_precision, monkeypatch, setting, precision):
+    """Whatever torch is set to, and then it still is; scores round nothing."""
+    seen = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            if function in (torch.ops.aten.mm.out, torch.ops.aten.mm.default,
+                            torch.ops.aten.addmm.out, torch.ops.aten.addmm_.default):  # fmt: skip
+                seen.append((function, SETTING.fp32_precision))
+            return function(*arguments, **(keywords or {}))
+
+    def watched(function):
+        def call(*arguments):
+            with Products():
+                return function(*arguments)
+
+        return call
+
+    for name in ("soft_forward", "soft_backward", "probability_sums", "nearest"):
+        monkeypatch.setattr(streaming, name, watched(getattr(streaming, name)))
+    set_precision(setting)
+    before = SETTING.fp32_precision
+    with_gradients(every_result, *inputs(), backend="streaming", precision=precision)
+    assert SETTING.fp32_precision == before and torch.get_float32_matmul_precision() == setting
+    assert {how for _, how in seen} == REDUCED.get(precision or setting, {"ieee"})
+    assert {how for function, how in seen if function == torch.ops.aten.mm.out} == {"ieee"}
+
+
+@pytest.mark.parametrize("backend", ["streaming", "reference", TRITON])
+def test_results_hardly_depend_on_what_torch_is_set_to(set_precision, backend):
+    """On a machine that can round operands; on others the setting changes nothing."""
+    tensors = inputs()
+    how = {"backend": backend, "precision": "highest"}
+    expected = with_gradients(every_result, *tensors, **how)
+    for name in ("high", "medium"):
+        set_precision(name)
+        assert_same(with_gradients(every_result, *tensors, **how), expected)
 
 
 class Graphs:
