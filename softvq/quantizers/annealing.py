@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from softvq.checks import check_choice, check_temperatures
-from softvq.distributed.collectives import from_first_replica
+from softvq.distributed.collectives import from_first_replica, mean_over_replicas
 from softvq.quantizers.soft import SoftVQ
 from softvq.schedules import CriticalTemperature, Schedule, annealed
 
@@ -76,10 +76,13 @@ class Annealing(nn.Module):
     def update(self, latents: Tensor, quantizing_error: Tensor, progress: float | Tensor) -> None:
         """Take in a step's latents and mean (z−q)², and set T for the next one.
 
-        No device is waited for. progress: the share of the run that is over, a number or ().
+        A step is that of all replicas of a data-parallel run; numbers that are not finite are left
+        out. No device is waited for. progress: the share of the run that is over, a number or ().
         """
         self.critical.update(latents)
-        self.quantizing_error.lerp_(quantizing_error, 1 - DECAY)
+        error = mean_over_replicas(quantizing_error.to(self.quantizing_error))
+        error = error.where(error.isfinite(), self.quantizing_error)
+        self.quantizing_error.lerp_(error, 1 - DECAY)
         self._set(progress)
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from softvq.quantizers import EMAVQ, VQ, DeadCodeRestart, GumbelVQ, SoftVQ
+from softvq.quantizers import EMAVQ, VQ, Annealing, DeadCodeRestart, GumbelVQ, SoftVQ
 
 DIM, CODES, ROWS, FIRST = 3, 8, 60, 37  # the first replica has 37 of the 60 rows
 
@@ -121,6 +121,18 @@ def shares():
     return {"counted": counted, "codebook": codebook, "share": restart.share}
 
 
+def annealed(rank):
+    """The state after steps whose latents and errors differ, as an Annealing leaves it."""
+    torch.manual_seed(rank)
+    vq = SoftVQ(DIM, CODES)
+    annealing, rows = Annealing(vq), slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
+    annealing.start(batch(0)[rows])
+    for step in range(1, 4):
+        annealing.update(batch(step)[rows], torch.tensor(0.1 + rank), step / 4)
+    annealing.measure(1.0)
+    return vq.state_dict() | annealing.state_dict()
+
+
 def main(rank, folder):
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
@@ -128,7 +140,7 @@ def main(rank, folder):
     rows = slice(0, FIRST) if rank == 0 else slice(FIRST, ROWS)
     results = {case: run(case, rows, seed=rank) for case in CASES}
     results |= {"shares": shares(), "regulariser": regulariser(rank)}
-    results |= {"evaluated by one": evaluated_by_one(rank)}
+    results |= {"evaluated by one": evaluated_by_one(rank), "annealed": annealed(rank)}
     results |= {case: trained(case, rank) for case in TRAINED}
     torch.save(results, folder / f"{rank}.pt")
     distributed.destroy_process_group()

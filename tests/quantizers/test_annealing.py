@@ -63,6 +63,17 @@ def test_codes_that_fit_exactly_do_not_bring_it_to_zero():
     torch.testing.assert_close(quantizer.temperature, LOWEST * START * critical())
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_leaves_it_as_it_is(bad):
+    annealing, quantizer = started()
+    for _ in range(3):
+        annealing.update(LATENTS, torch.tensor(0.05), 0.5)
+    expected = quantizer.temperature.clone()
+    annealing.update(torch.full_like(LATENTS, bad), torch.tensor(bad), 0.5)
+    annealing.measure(0.5)
+    torch.testing.assert_close(quantizer.temperature, expected, rtol=1e-3, atol=0)
+
+
 def test_both_ends_can_be_given():
     annealing, quantizer = started(temperature=2.0, ratio=0.25)
     assert quantizer.temperature.item() == pytest.approx(2.0)

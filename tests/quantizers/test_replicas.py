@@ -52,7 +52,7 @@ def replicas(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("case", SYNCED)
+@pytest.mark.parametrize("case", [*SYNCED, "annealed"])
 def test_replicas_hold_the_same_bits(replicas, case):
     first, second = (results[case] for results in replicas)
     assert all(torch.equal(first[name], second[name]) for name in first)
