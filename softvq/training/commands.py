@@ -26,7 +26,8 @@ from softvq.training.families import PRIOR
 from softvq.training.files import check_place, write_text
 from softvq.training.origin import check_data, images_of
 from softvq.training.pictures import save_rows
-from softvq.training.prior import decoded_samples, prior_metrics
+from softvq.training.prior import decoded_samples
+from softvq.training.prior_evaluation import prior_metrics
 from softvq.training.run_folder import RunError, RunFolder
 from softvq.training.settings import ConfigError
 from softvq.training.showing import PER_ROW, even_labels, reconstruction_rows, sampled_rows

@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 
 from softvq.quantizers.restart import restart_codes
-from softvq.training import evaluation, prior, steering
+from softvq.training import evaluation, prior_evaluation, steering
 from softvq.training.build import build_data, build_model
 from softvq.training.codes import encode_splits, load_tokenizer
 from softvq.training.config import TrainConfig
@@ -145,7 +145,7 @@ def validations(tokenizer):
     torch.nn.init.normal_(predictor.networks["codes"].head[-1].weight)
     with patch.object(evaluation, "BATCH", 50):
         seen = evaluation.evaluate(model, images.validation, CPU)
-    bits = prior.code_metrics(predictor, codes.validation, 50, CPU)
+    bits = prior_evaluation.code_metrics(predictor, codes.validation, 50, CPU)
     return {"values": seen.values, "counts": seen.counts, "bits": bits}
 
 

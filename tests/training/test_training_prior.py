@@ -21,7 +21,7 @@ from softvq.training.likelihood import (
     fit_scales,
     order0_bits_per_latent,
 )
-from softvq.training.prior import code_metrics, prior_metrics
+from softvq.training.prior_evaluation import code_metrics, prior_metrics
 from softvq.training.run_folder import RunFolder
 from softvq.training.trainer import train
 
