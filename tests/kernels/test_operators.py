@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import softvq
 from softvq.kernels import operators, streaming
+from softvq.kernels.products import float32_product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SETTING = (torch.backends.cuda if DEVICE == "cuda" else torch.backends.mkldnn).matmul
@@ -275,6 +276,11 @@ def every_call(backend: str) -> list[tuple]:
 @pytest.mark.parametrize("index", range(7))
 def test_opcheck(backend, index):
     torch.library.opcheck(*every_call(backend)[index])
+
+
+def test_opcheck_of_the_product():
+    a, b = (torch.randn(2, *shape, device=DEVICE) for shape in ((6, 5), (5, 10)))
+    torch.library.opcheck(float32_product, (a.requires_grad_(), b.requires_grad_()))
 
 
 class NothingIsRead(TorchDispatchMode):
