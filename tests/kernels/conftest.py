@@ -1,6 +1,11 @@
 import os
+from pathlib import Path
 
 import pytest
+import torch
+
+from softvq.kernels import tiles, tuning
+from tests.kernels.card import SHARED_MEMORY, Card, new_process
 
 
 @pytest.fixture(autouse=True)
@@ -16,3 +21,25 @@ def as_on_a_gpu():
 
     with emulated(int(architecture)):
         yield
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path) -> Path:
+    """Where the tiles are kept."""
+    monkeypatch.setenv("SOFTVQ_CACHE", str(tmp_path))
+    new_process()
+    yield tmp_path / "softvq" / "tiles.json"
+    new_process()
+
+
+@pytest.fixture
+def card(monkeypatch, cache) -> Card:
+    card = Card(times={}, timed=[], wrong=[], capturing=False)
+    monkeypatch.setattr(tuning, "applies", lambda device: True)
+    monkeypatch.setattr(tuning, "environment", lambda device: "a card, triton 1, softvq 2")
+    monkeypatch.setattr(tuning, "milliseconds", card.milliseconds)
+    monkeypatch.setattr(tuning, "agree", card.agree)
+    monkeypatch.setattr(tiles, "shared_memory", lambda device: SHARED_MEMORY)
+    monkeypatch.setattr(tiles, "architecture", lambda device: "hopper")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: card.capturing)
+    return card

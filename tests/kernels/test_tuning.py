@@ -2,9 +2,7 @@
 
 import json
 import math
-import warnings
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +10,6 @@ import torch
 
 pytest.importorskip("triton", reason="the fused kernels are written in Triton")
 
-import triton
 from triton.errors import TritonError
 
 import softvq
@@ -20,61 +17,9 @@ from bench.bounds import check, make
 from softvq.kernels import fused, tiles, tuning
 from softvq.kernels.arithmetic import arithmetic
 from softvq.kernels.tuning import agree
+from tests.kernels.card import OTHER, SHARED_MEMORY, SHIPPED, choose, new_process
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHARED_MEMORY = 227 * 1024  # of a card like the H200
-# For the call that `choose` below makes by default.
-SHIPPED = tiles.shipped("forward", "bfloat16", 64, "hopper")
-OTHER = SHIPPED._replace(rows=2 * SHIPPED.rows, warps=2 * SHIPPED.warps)
-HOW = arithmetic(torch.bfloat16, torch.bfloat16, "highest")
-
-
-class Card(SimpleNamespace):
-    """A CUDA device that is none: how long each tile takes, and which have been timed."""
-
-    times: dict[tiles.Tile, float]  # 1.0 if missing
-    timed: list[tiles.Tile]
-    wrong: list[tiles.Tile]
-    capturing: bool
-
-    def milliseconds(self, run, tile: tiles.Tile) -> float:
-        self.timed.append(tile)
-        return self.times.get(tile, 1.0)
-
-    def agree(self, run, tile: tiles.Tile, shipped: tiles.Tile) -> bool:
-        return tile not in self.wrong
-
-
-def new_process() -> None:
-    tuning._cache.cache_clear()
-
-
-@pytest.fixture
-def cache(monkeypatch, tmp_path) -> Path:
-    """Where the tiles are kept."""
-    monkeypatch.setenv("SOFTVQ_CACHE", str(tmp_path))
-    new_process()
-    yield tmp_path / "softvq" / "tiles.json"
-    new_process()
-
-
-@pytest.fixture
-def card(monkeypatch, cache) -> Card:
-    card = Card(times={}, timed=[], wrong=[], capturing=False)
-    monkeypatch.setattr(tuning, "applies", lambda device: True)
-    monkeypatch.setattr(tuning, "environment", lambda device: "a card, triton 1, softvq 2")
-    monkeypatch.setattr(tuning, "milliseconds", card.milliseconds)
-    monkeypatch.setattr(tuning, "agree", card.agree)
-    monkeypatch.setattr(tiles, "shared_memory", lambda device: SHARED_MEMORY)
-    monkeypatch.setattr(tiles, "architecture", lambda device: "hopper")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: card.capturing)
-    return card
-
-
-def choose(rows=1000, codes=1024, dim=64, heads=1, dtype=torch.bfloat16, how=HOW,
-           kernel="forward", variant=True) -> tiles.Tile:  # fmt: skip
-    z = torch.empty(heads, rows, dim, dtype=dtype, device="meta")
-    return tiles.choose(kernel, how, z, codes, None, variant)
 
 
 def test_off_unless_asked(monkeypatch):
@@ -207,98 +152,11 @@ def test_a_capture_is_never_timed(card, cache):
     assert choose() == OTHER and not card.timed
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "\xff", ""])
-def test_a_damaged_file_is_ignored_with_one_warning(card, cache, content):
-    cache.parent.mkdir()
-    cache.write_bytes(content.encode("latin-1"))
-    with pytest.warns(UserWarning, match=r"tiles.json is ignored") as caught:
-        assert choose() == SHIPPED
-    assert len(caught) == 1
-    assert card.timed
-    new_process()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert choose() == SHIPPED  # the file has been replaced
-
-
-@pytest.mark.parametrize("nonsense", ["fast", 7, [64, 128], [4096, 128, 4, 2], None])
-def test_a_tile_that_is_no_candidate_is_ignored(card, cache, nonsense):
-    card.times[OTHER] = 0.5
-    choose()
-    key = next(iter(json.loads(cache.read_text())))
-    cache.write_text(json.dumps({key: nonsense}))
-    new_process()
-    card.times.clear()
-    assert choose() == SHIPPED
-
-
-def test_a_folder_that_cannot_be_written_warns_once(card, cache, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise PermissionError("read-only")
-
-    monkeypatch.setattr(tuning.tempfile, "NamedTemporaryFile", refuse)
-    card.times[OTHER] = 0.5
-    with pytest.warns(UserWarning, match="not kept: read-only") as caught:
-        assert choose() == OTHER
-        assert choose(dim=32) == OTHER
-    assert len(caught) == 1
-    card.timed.clear()
-    assert choose() == OTHER and not card.timed
-
-
-def test_other_versions_have_their_own_entries(card, cache, monkeypatch):
-    card.times[OTHER] = 0.5
-    assert choose() == OTHER
-    monkeypatch.setattr(tuning, "environment", lambda device: "a card, triton 2, softvq 2")
-    card.times.clear()
-    new_process()
-    assert choose() == SHIPPED
-    assert len(json.loads(cache.read_text())) == 2  # the older one is left to its owner
-
-
-def test_the_environment_names_card_versions_and_source(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    tuning.environment.cache_clear()
-    found = tuning.environment(torch.device("cuda"))
-    tuning.environment.cache_clear()
-    assert found.startswith(f"a card, triton {triton.__version__}, softvq ")
-    assert len(found.split()[-1]) == 8
-
-
-def test_processes_add_to_the_same_file(card, cache):
-    a, b = tuning.Cache(cache), tuning.Cache(cache)
-    a.put("one", SHIPPED, keep=True)
-    b.put("two", OTHER, keep=True)
-    a.put("two", SHIPPED, keep=True)  # the last writer wins
-    b.put("one", OTHER, keep=True)
-    a.put("three", SHIPPED, keep=True)  # and brings nothing older back
-    after = tuning.Cache(cache)
-    assert after.get("one", [SHIPPED, OTHER]) == OTHER
-    assert after.get("two", [SHIPPED, OTHER]) == SHIPPED
-    assert b.get("two", [SHIPPED, OTHER]) == OTHER  # which a process does not change under way
-
-
 def test_nothing_that_runs_leaves_the_shipped_tile(card, cache):
     card.times = {tile: math.inf for tile in tiles.neighbours("forward", "bfloat16", 64, SHIPPED,
                                                               SHARED_MEMORY)}  # fmt: skip
     assert choose() == SHIPPED
     assert not cache.exists()  # memory may only have been short
-
-
-def test_the_cache_folder(monkeypatch, tmp_path):
-    for variables, folder in (
-        ({"SOFTVQ_CACHE": "a", "XDG_CACHE_HOME": "b"}, tmp_path / "a"),
-        ({"XDG_CACHE_HOME": "b"}, tmp_path / "b"),
-        ({}, tmp_path / ".cache"),
-    ):
-        for name in ("SOFTVQ_CACHE", "XDG_CACHE_HOME"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("HOME", str(tmp_path))
-        for name, value in variables.items():
-            monkeypatch.setenv(name, str(tmp_path / value))
-        new_process()
-        assert tuning._cache()._path == folder / "softvq" / "tiles.json"
-    new_process()
 
 
 def test_what_spills_or_fails_takes_forever(monkeypatch):
