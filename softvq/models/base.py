@@ -26,19 +26,6 @@ def level_suffix(level: str) -> str:
     return "" if level == LEVEL else f"_{level}"
 
 
-def check_layout(**quantizers: Quantizer) -> None:
-    """Quantizers of latents (B, h, w, D): others may fit the shape, not the meaning of the axes.
-
-    Raises ValueError.
-    """
-    for name, quantizer in quantizers.items():
-        if not quantizer.channel_last:
-            raise ValueError(
-                f"{name} must have channel_last=True and accept_image_fmap=False, "
-                "for its latents are (B, h, w, D)"
-            )
-
-
 class ImageModel(nn.Module, ABC):
     """A model of images (B, C, H, W) in [0, 1], with codes on no, one or two levels.
 
@@ -67,7 +54,7 @@ class ImageModel(nn.Module, ABC):
                 raise ValueError(
                     f"weights.{name} must be 0: {type(self).__name__} has no such loss"
                 )
-        self.image_shape = image_shape
+        self.image_shape = tuple(image_shape)
         self.weights = weights
         self.reconstruction_loss = reconstruction_loss
 

@@ -6,6 +6,7 @@ from torch.nn.functional import one_hot
 
 from softvq import losses
 from softvq.models.base import ImageModel
+from softvq.models.checks import check_images, check_labels
 from softvq.models.networks import Grid, Networks, Shape
 from softvq.models.outputs import Latents, LossWeights
 
@@ -51,6 +52,7 @@ class EncoderDecoder(ImageModel):
 
     def encode(self, images: Tensor, labels: Tensor | None = None) -> Latents:
         """Images (B, C, H, W) in [0, 1], labels (B,) int64 → latents (B, h, w, D)."""
+        check_images(images, self.image_shape)
         if self.classes:
             # (B, classes, H, W): each image's class is a map of ones.
             maps = self._one_hot(labels, images)[..., None, None].expand(-1, -1, *images.shape[2:])
@@ -74,4 +76,5 @@ class EncoderDecoder(ImageModel):
     def _one_hot(self, labels: Tensor | None, like: Tensor) -> Tensor:
         if labels is None:
             raise ValueError(f"labels: a model of {self.classes} classes needs them, got None")
-        return one_hot(labels, self.classes).to(like.dtype)
+        check_labels(labels, 0, self.classes, len(like))
+        return one_hot(labels.long(), self.classes).to(like.dtype)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softvq import losses
-from softvq.checks import check_counts, check_positive
+from softvq.checks import check_counts, check_positive, check_range
 from softvq.models.base import CodeLevel
+from softvq.models.checks import check_codes, check_labels
 from softvq.models.masked import GatedLayer, shift_down, shift_right
 from softvq.models.networks import Grid
 
@@ -107,6 +108,7 @@ class PixelCNN(nn.Module):
         """
         if indices.dim() != 3:
             raise ValueError(f"indices must be (B, h, w), of one head, got {tuple(indices.shape)}")
+        check_range(0, self.codebook_size, indices=indices)
         context = self._context(labels, condition, indices.shape)
         x = self._embed(indices)
         return self._across(x, self._down(x, context))
@@ -166,6 +168,7 @@ class PixelCNN(nn.Module):
         if self.classes is not None:
             if labels is None:
                 labels = torch.full(shape[:1], -1, device=self.embedding.weight.device)
+            check_labels(labels, -1, self.classes.num_embeddings - 1, shape[0])
             context = self.classes(labels + 1)[:, :, None, None]
         if self.condition is not None:
             features = self.condition(condition, shape[1:])
@@ -211,12 +214,14 @@ class CodePrior(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.levels = dict(levels)
+        if not levels:
+            raise ValueError("levels must name at least one grid of codes, got none")
+        self.levels = {name: CodeLevel(*level) for name, level in levels.items()}
         self.classes = classes
         self.before = {after: before for before, after in pairwise(levels)}
         self.networks = nn.ModuleDict()
         condition_size = 0
-        for name, level in levels.items():
+        for name, level in self.levels.items():
             self.networks[name] = PixelCNN(
                 level.codebook_size,
                 classes=classes,
@@ -280,6 +285,7 @@ class CodePrior(nn.Module):
         self, codes: Mapping[str, Tensor], labels: Tensor | None
     ) -> dict[str, Tensor]:
         """Each level's share of log_likelihood, (B,)."""
+        check_codes({name: level.grid for name, level in self.levels.items()}, codes=codes)
         return {
             name: network.log_likelihood(codes[name], labels, codes.get(self.before.get(name)))
             for name, network in self.networks.items()

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from softvq import losses
-from softvq.models.base import LEVEL, check_layout
+from softvq.models.base import LEVEL
+from softvq.models.checks import check_codes, check_layout
 from softvq.models.encoder_decoder import EncoderDecoder
 from softvq.models.networks import Grid, Networks, Shape
 from softvq.models.outputs import Evaluation, LossWeights, TrainingStep
@@ -59,6 +60,7 @@ class VQVAE(EncoderDecoder):
 
     def decode_indices(self, indices: dict[str, Tensor]) -> Tensor:
         """Codes (B, h, w) int64 by level → images (B, C, H, W) in [0, 1]."""
+        check_codes(self.grids, indices=indices)
         return self.decode(self.quantizer.get_output_from_indices(indices[LEVEL]))
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> TrainingStep:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from softvq import losses
-from softvq.models.base import ImageModel, check_layout
+from softvq.models.base import ImageModel
+from softvq.models.checks import check_codes, check_images, check_layout
 from softvq.models.networks import Grid, Networks, Shape, halved
 from softvq.models.outputs import Evaluation, LossWeights, TrainingStep
 from softvq.quantizers import Quantizer
@@ -55,7 +56,7 @@ class VQVAE2(ImageModel):
         super().__init__(image_shape, weights, reconstruction_loss)
         dim, features = bottom.dim, 2 * networks.width
         maps = (features, *latent_grid)  # the bottom features, as a picture
-        self.latent_grid, self.top_grid = latent_grid, halved(latent_grid)
+        self.latent_grid, self.top_grid = tuple(latent_grid), halved(latent_grid)
         self.encoder = networks.encoder(image_shape, latent_grid, features)
         self.top_encoder = networks.encoder(maps, self.top_grid, dim)
         self.top_decoder = networks.decoder(maps, self.top_grid, dim)
@@ -92,6 +93,7 @@ class VQVAE2(ImageModel):
 
     def decode_indices(self, indices: dict[str, Tensor]) -> Tensor:
         """Codes (B, h, w) int64 by level → images (B, C, H, W) in [0, 1]."""
+        check_codes(self.grids, indices=indices)
         codes = {
             level: quantizer.get_output_from_indices(indices[level])
             for level, quantizer in self.quantizers.items()
@@ -99,6 +101,7 @@ class VQVAE2(ImageModel):
         return self.decode(codes[TOP], codes[BOTTOM])
 
     def _quantise(self, images: Tensor) -> dict[str, Level]:
+        check_images(images, self.image_shape)
         # (B, features, h, w)
         features = self.standardise["features"](self.encoder(images).permute(0, 3, 1, 2))
         z_top = self._standardised(TOP, self.top_encoder(features))
