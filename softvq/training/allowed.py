@@ -54,6 +54,11 @@ def check_combinations(settings: Any) -> None:
         check_idle(settings, "architecture", ("conv",), "width")
     check_idle(settings, "decoder_input", ("quantized",), "commitment_weight")
     check_idle(settings, "temperature_schedule", ("exponential", "cosine"), "temperature_ratio")
+    if settings.quantized_codes == "soft" and settings.reconstruction_quantizing_weight == 0:
+        raise ConfigError(
+            "quantized_codes: soft does not apply to reconstruction_quantizing_weight 0, which "
+            "decodes no codes"
+        )
     if settings.model in CONTINUOUS and settings.model != "ae" and settings.kl_weight == 0:
         raise ConfigError(f"kl_weight: 0 makes the {settings.model} an autoencoder; use model ae")
     if settings.model in GUMBEL and settings.temperature_schedule == "learned":

@@ -155,6 +155,12 @@ IDLE = [
         {"temperature": "1", "temperature_schedule": "constant"},
         "temperature_schedule constant, only to exponential, cosine",
     ),
+    (
+        "quantized_codes",
+        "soft",
+        {"reconstruction_quantizing_weight": 0.0},
+        "reconstruction_quantizing_weight 0, which decodes no codes",
+    ),
 ]
 
 
