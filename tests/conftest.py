@@ -1,6 +1,8 @@
 import os
 import shutil
+from importlib import metadata
 
+import numpy
 import pytest
 import torch
 
@@ -14,6 +16,12 @@ if torch.cuda.is_available():
 elif "SOFTVQ_EMULATE" not in os.environ:  # tests/kernels/conftest.py
     # Before triton is imported: its interpreter runs the kernels on the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
+    triton = next((d.version for d in metadata.distributions(name="triton")), "")
+    if triton.startswith("3.6.") and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
+        raise pytest.UsageError(
+            f"Triton {triton} interprets the kernels with NumPy below 2.4 only, and this is "
+            f"{numpy.__version__}: pip install 'numpy<2.4', or a newer PyTorch"
+        )
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
