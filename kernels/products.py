@@ -6,7 +6,7 @@ says. A call of ours has a precision of its own, whatever the rest of a program 
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -53,6 +53,12 @@ def float32_products(precision: str, device: torch.device) -> Iterator[None]:
 
 def _backend(device: torch.device):
     return torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[None]:
+    """Nothing is lowered inside; nor on "meta", which has no autocast to turn off."""
+    # Not torch.amp.is_autocast_available, at which torch 2.11 cannot compile.
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 @torch.library.custom_op("softvq::float32_product", mutates_args=())

@@ -1,6 +1,5 @@
 """The public operators: validation, layout and the choice of a backend around `softvq.kernels`."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -17,6 +16,7 @@ from softvq.checks import (
 )
 from softvq.kernels import autograd, operators, reference, support
 from softvq.kernels.dtypes import accumulation_dtype
+from softvq.kernels.products import without_autocast
 
 Estimator = Literal["soft", "straight_through"]
 Backend = Literal["auto", "triton", "streaming", "reference"]
@@ -198,12 +198,6 @@ def code_sums(
     rows, indices = z.reshape(-1, z.shape[-1]), indices.reshape(-1)
     backend = _choose_backend(z, backend, support.obstacle(z))
     return operators.code_sums(rows, indices, codebook_size, backend)
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[None]:
-    """Nothing is lowered inside; nor on "meta", which has no autocast to turn off."""
-    # Not torch.amp.is_autocast_available, at which torch 2.11 cannot compile.
-    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 def _usage(

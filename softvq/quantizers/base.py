@@ -1,6 +1,5 @@
 """What all quantizers have in common: layouts, heads, masks, codes ↔ indices, k-means start."""
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +15,7 @@ from softvq.checks import (
     check_temperatures,
     check_weights,
 )
-from softvq.distributed.collectives import sum_over_replicas
-from softvq.functional import usage_and_entropy
+from softvq.quantizers.entropy import batch_regulariser
 from softvq.quantizers.kmeans import kmeans
 from softvq.quantizers.positions import put_back, valid_positions, without_rows
 from softvq.quantizers.precise import KeepsFloat32
@@ -177,7 +175,10 @@ class Quantizer(KeepsFloat32):
         if self.training and not self._is_initialised:
             self._initialise(z.detach())
         out = self.quantize(z)
-        regulariser = self._entropy_regulariser(z)
+        regulariser = torch.zeros((), device=z.device)
+        if self.entropy_weight:
+            how = {"training": self.training, "sync": self.sync_codebook}
+            regulariser = batch_regulariser(z, self.codebook, self.entropy_temperature, **how)
         loss, breakdown = self._loss(z, out, regulariser)
         if z.numel() == 0:
             loss, breakdown = without_rows(loss, breakdown)
@@ -208,21 +209,6 @@ class Quantizer(KeepsFloat32):
 
     def _learn(self, z: Tensor, out: Any) -> None:
         """Take statistics of a training batch's latents, without gradient."""
-
-    def _entropy_regulariser(self, z: Tensor) -> Tensor:
-        if not self.entropy_weight:
-            return torch.zeros((), device=z.device)
-        codebook = self.codebook.clone()  # running statistics may move it before the backward pass
-        if z.numel():
-            usage, entropy = usage_and_entropy(z, codebook, self.entropy_temperature)
-        else:  # nothing, but this replica takes part in the sum below and in its backward pass
-            usage = 0 * losses.in_float32(codebook).sum(-1) + z.sum()
-            entropy = usage.new_zeros(1)
-        if self.training:  # evaluation may be the business of one replica alone
-            rows = usage.new_full((), math.prod(z.shape[:-1]))
-            share = rows / sum_over_replicas(rows, self.sync_codebook).clamp(min=1)
-            usage = sum_over_replicas(share * usage, self.sync_codebook)
-        return losses.entropy_regulariser(entropy, usage)
 
     @torch.no_grad()
     def _initialise(self, z: Tensor) -> None:

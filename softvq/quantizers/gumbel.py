@@ -9,8 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from softvq import losses
 from softvq.checks import check_temperatures, check_weights
-from softvq.functional import soft_quantize, temperature_tensor, without_autocast
+from softvq.functional import soft_quantize, temperature_tensor
 from softvq.kernels import reference
+from softvq.kernels.products import without_autocast
 from softvq.quantizers.straight_through import (
     codes_at,
     nearest_straight_through,
