@@ -73,7 +73,8 @@ def time(rows: Rows) -> Figure | None:
     found = [_lines([r for r in rows if r["dtype"] == dtype], "codes") for dtype in dtypes]
     for axes, dtype, lines in zip(panels, dtypes, found, strict=True):
         _draw(axes, lines)
-        axes.set(title=dtype, xlabel="codes K")
+        axes.set(title=dtype)
+        _codes_along(axes, _numbers(rows, "codes"))
     panels[0].set_ylabel("seconds")
     for axes, lines in zip(panels, found, strict=True):
         _name(axes, lines)
@@ -90,6 +91,8 @@ def memory(rows: Rows) -> Figure | None:
     lines: dict[str, Line] = {}
     dashed: dict[str, Line] = {}
     for name in _values(rows, "candidate"):
+        if name.startswith("softvq triton"):  # one of them is what "softvq" is
+            continue
         own = [r for r in rows if r["candidate"] == name and r["p50"]]
         line = _line([r for r in own if r["metric"] == "footprint"], "codes")
         found = {r["metric"]: float(r["p50"]) for r in own if r["metric"] != "footprint"}
@@ -103,8 +106,9 @@ def memory(rows: Rows) -> Figure | None:
     for budget in BUDGETS:
         axes.axhline(budget, color=QUIET, lw=0.8)
         place = {"xy": (0.01, budget), "xycoords": ("axes fraction", "data")}
-        axes.annotate(f"{budget} GB", **place, va="bottom", color=QUIET, fontsize=8)
-    axes.set(xlabel="codes K", ylabel="GB in all; dashed: extrapolated")
+        axes.annotate(f"{budget} GB", **place, va="top", color=QUIET, fontsize=8)
+    axes.set(ylabel="GB in all; dashed: extrapolated")
+    _codes_along(axes, sorted({*_numbers(rows, "codes"), MOST_CODES}))
     _name(axes, dashed)
     return figure
 
@@ -146,12 +150,11 @@ def collapse(rows: Rows) -> Figure | None:
     for name in lines:
         (codes, low), (_, high) = (zip(*band[name], strict=True) for band in (lower, upper))
         axes.fill_between(codes, low, high, color=_color(name), alpha=0.2, lw=0)
-    ends = sorted(float(k) for k in _values(rows, "codes"))
-    axes.plot(ends, ends, "--", color=QUIET, lw=0.8)
-    axes.annotate("K", (ends[-1], ends[-1]), color=QUIET, va="bottom")
-    axes.set(xlabel="codes K", ylabel="perplexity")
-    axes.set_xticks(ends, [f"{k:.0f}" for k in ends])
-    axes.minorticks_off()
+    codes = _numbers(rows, "codes")
+    axes.plot(codes, codes, "--", color=QUIET, lw=0.8)
+    axes.annotate("K", (codes[-1], codes[-1]), color=QUIET, va="bottom")
+    axes.set(ylabel="perplexity")
+    _codes_along(axes, codes)
     _name(axes, lines)
     return figure
 
@@ -167,7 +170,7 @@ FIGURES: dict[str, Callable[[Rows], Figure | None]] = {
 def _panels(count: int, row: dict[str, str], title: str) -> tuple[Figure, list[Axes]]:
     """Axes side by side, under what was measured where and when."""
     figure, panels = pyplot.subplots(
-        1, count, figsize=(5.6 * count, 4.2), sharey=True, squeeze=False, layout="constrained"
+        1, count, figsize=(6.6 * count, 4.2), sharey=True, squeeze=False, layout="constrained"
     )
     threads = f", {row['threads']} threads" if row["threads"] else ""
     where = f"{row['device']}{threads}, torch {row['torch']}, {row['date']}"
@@ -184,17 +187,30 @@ def _draw(axes: Axes, lines: dict[str, Line]) -> None:
         axes.plot(*zip(*line, strict=True), "o-", ms=3, color=_color(name), **style)
 
 
+def _codes_along(axes: Axes, codes: list[float]) -> None:
+    """Name the axis of K, and some of these Ks on it."""
+    some = codes[:: math.ceil(len(codes) / 5)]
+    axes.set(xlabel="codes K")
+    axes.set_xticks(some, [f"{k:,.0f}" for k in some])
+    axes.set_xticks([], minor=True)
+
+
 def _name(axes: Axes, lines: dict[str, Line]) -> None:
-    """Each line's name at its end, none over another. Call it when the axes are final."""
-    ends = sorted((math.log(line[-1][1]), line[-1][0], name) for name, line in lines.items())
+    """Each line's name in the right margin, none over another, tied to the line's end.
+
+    Call it when the axes are final.
+    """
+    ends = sorted((math.log(line[-1][1]), line[-1], name) for name, line in lines.items())
     bottom, top = (math.log(y) for y in axes.get_ylim())
     heights = apart([y for y, *_ in ends], (top - bottom) / 22)
-    for (_, x, name), height in zip(ends, heights, strict=True):
+    for (_, end, name), height in zip(ends, heights, strict=True):
+        tie = {"arrowstyle": "-", "color": _color(name), "lw": 0.5, "relpos": (0, 0.5)}
         axes.annotate(
             name,
-            (x, math.exp(height)),
-            xytext=(6, 0),
-            textcoords="offset points",
+            end,
+            xytext=(1.03, math.exp(height)),
+            textcoords=axes.get_yaxis_transform(),
+            arrowprops=tie | {"alpha": 0.6, "shrinkA": 1, "shrinkB": 2},
             va="center",
             color=_color(name),
             fontsize=8,
@@ -232,6 +248,11 @@ def _lines(rows: Rows, x: str, y: str = "p50") -> dict[str, Line]:
 
 def _line(rows: Rows, x: str, y: str = "p50") -> Line:
     return sorted((float(r[x]), float(r[y])) for r in rows if r[y])
+
+
+def _numbers(rows: Rows, column: str) -> list[float]:
+    """Rising, those of a column that is not empty."""
+    return sorted(float(value) for value in _values(rows, column) if value)
 
 
 def _values(rows: Rows, column: str, **where: str) -> list[str]:
