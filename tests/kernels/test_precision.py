@@ -1,12 +1,14 @@
 """Which precision a call has: its own or torch's, in the fused kernels and in plain PyTorch."""
 
+import threading
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import softvq
 from softvq.kernels import streaming
-from softvq.kernels.products import float32_product
+from softvq.kernels.products import float32_product, float32_products
 from tests.kernels.results import (
     DEVICE,
     TRITON,
@@ -104,6 +106,24 @@ def test_plain_products_follow_the_call(set_precision, monkeypatch, setting, pre
     assert SETTING.fp32_precision == before and torch.get_float32_matmul_precision() == setting
     assert {how for _, how in seen} == REDUCED.get(precision or setting, {"ieee"})
     assert {how for function, how in seen if function == torch.ops.aten.mm.out} == {"ieee"}
+
+
+def test_another_thread_waits_for_the_setting(set_precision):
+    device = torch.device(DEVICE)
+    set_precision("medium")
+    before, seen = SETTING.fp32_precision, []
+
+    def multiply() -> None:
+        with float32_products("medium", device):
+            seen.append(SETTING.fp32_precision)
+
+    other = threading.Thread(target=multiply)
+    with float32_products("highest", device):
+        other.start()
+        other.join(0.2)
+        assert SETTING.fp32_precision == "ieee" and not seen
+    other.join()
+    assert seen == [before] and SETTING.fp32_precision == before
 
 
 @pytest.mark.parametrize("backend", ["streaming", "reference", TRITON])
