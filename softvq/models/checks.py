@@ -42,16 +42,15 @@ def check_labels(labels: Tensor, least: int, classes: int, count: int) -> None:
     check_range(least, classes, labels=labels)
 
 
-def check_codes(grids: Mapping[str, Grid], **arguments: Mapping[str, Tensor]) -> None:
-    """Dicts of each level's indices (B, h, w, ...), by its name. Raises TypeError or ValueError."""
-    for argument, codes in arguments.items():
-        if not isinstance(codes, Mapping):
-            raise TypeError(f"{argument} must be a dict by level, got a {type(codes).__name__}")
-        if set(codes) != set(grids):
-            raise ValueError(f"{argument} must be of the levels {[*grids]}, got {[*codes]}")
-        for level, grid in grids.items():
-            name = f"{argument}[{level!r}]"
-            check_integers(**{name: codes[level]})
-            if codes[level].dim() < 3 or codes[level].shape[1:3] != grid:
-                got = tuple(codes[level].shape)
-                raise ValueError(f"{name} must be (B, {grid[0]}, {grid[1]}), got {got}")
+def check_codes(argument: str, codes: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> None:
+    """A dict of indices (B, h, w, ...) by level. Raises TypeError or ValueError."""
+    if not isinstance(codes, Mapping):
+        raise TypeError(f"{argument} must be a dict by level, got a {type(codes).__name__}")
+    if set(codes) != set(grids):
+        raise ValueError(f"{argument} must be of the levels {[*grids]}, got {[*codes]}")
+    for level, grid in grids.items():
+        name = f"{argument}[{level!r}]"
+        check_integers(**{name: codes[level]})
+        if codes[level].dim() < 3 or codes[level].shape[1:3] != grid:
+            got = tuple(codes[level].shape)
+            raise ValueError(f"{name} must be (B, {grid[0]}, {grid[1]}), got {got}")

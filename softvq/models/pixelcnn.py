@@ -285,7 +285,7 @@ class CodePrior(nn.Module):
         self, codes: Mapping[str, Tensor], labels: Tensor | None
     ) -> dict[str, Tensor]:
         """Each level's share of log_likelihood, (B,)."""
-        check_codes({name: level.grid for name, level in self.levels.items()}, codes=codes)
+        check_codes("codes", codes, {name: level.grid for name, level in self.levels.items()})
         return {
             name: network.log_likelihood(codes[name], labels, codes.get(self.before.get(name)))
             for name, network in self.networks.items()

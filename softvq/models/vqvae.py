@@ -60,7 +60,7 @@ class VQVAE(EncoderDecoder):
 
     def decode_indices(self, indices: dict[str, Tensor]) -> Tensor:
         """Codes (B, h, w) int64 by level → images (B, C, H, W) in [0, 1]."""
-        check_codes(self.grids, indices=indices)
+        check_codes("indices", indices, self.grids)
         return self.decode(self.quantizer.get_output_from_indices(indices[LEVEL]))
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> TrainingStep:

@@ -93,7 +93,7 @@ class VQVAE2(ImageModel):
 
     def decode_indices(self, indices: dict[str, Tensor]) -> Tensor:
         """Codes (B, h, w) int64 by level → images (B, C, H, W) in [0, 1]."""
-        check_codes(self.grids, indices=indices)
+        check_codes("indices", indices, self.grids)
         codes = {
             level: quantizer.get_output_from_indices(indices[level])
             for level, quantizer in self.quantizers.items()
