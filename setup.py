@@ -41,7 +41,7 @@ setup(
         "tomli-w",
     ],
     extras_require={
-        "dev": ["networkx", "pytest", "ruff"],
+        "dev": ["networkx", "pytest", "pytest-xdist", "ruff"],
         "tensorboard": ["tensorboard"],
         "bench": ["networkx", "vector-quantize-pytorch", "flash-kmeans", "pykeops"],
     },

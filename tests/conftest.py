@@ -23,7 +23,12 @@ elif "SOFTVQ_EMULATE" not in os.environ:  # tests/kernels/conftest.py
             f"{numpy.__version__}: pip install 'numpy<2.4', or a newer PyTorch"
         )
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers whose threads wait for each other's cores take ten times as long.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+else:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 def pytest_collection_modifyitems(items):
