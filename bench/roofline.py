@@ -1,12 +1,9 @@
 """The time that each limit of a card implies for a kernel, from what its machine code holds.
 
 Four limits: the matrix unit, exponentials, instructions issued, memory. A kernel cannot be faster
-than the largest of the four times, and without overlap takes their sum. `measured` replaces what a
-data sheet promises by what `bench op` found on the card.
+than the largest of the four times, and without overlap takes their sum.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 # Per multiprocessor and clock, from sm_80 to sm_120 alike: 4 schedulers of 32 threads, and 16
@@ -15,8 +12,7 @@ ISSUE_PER_CLOCK = 128
 EXP_PER_CLOCK = 16
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(NamedTuple):
     """What a card can do at best, per second."""
 
     name: str
@@ -25,12 +21,9 @@ class Card:
     exponentials: float
     instructions: float  # of single threads
     bytes: float
-    source: str
 
 
-def _card(
-    name: str, architecture: int, processors: int, hertz: float, **sheet: float | str
-) -> Card:
+def _card(name: str, architecture: int, processors: int, hertz: float, **sheet: float) -> Card:
     """A card whose issue and exponential rates follow from its clock."""
     clocks = processors * hertz
     rates = {"exponentials": EXP_PER_CLOCK * clocks, "instructions": ISSUE_PER_CLOCK * clocks}
@@ -41,47 +34,47 @@ def _card(
 # sparsity, twice the dense one. The clock is the one behind the sheet's float32 rate, 2 · cores ·
 # clock: 19.5e12 for A100 (6912 cores), 67e12 for H100 and H200 (16896), 75e12 for B200 (18944).
 _CARDS = (
+    # NVIDIA A100 data sheet, 80GB SXM: BF16 312 TFLOPS, 2,039 GB/s
     _card(
         *("A100", 80, 108, 1.410e9),
         operations=312e12,
         bytes=2.039e12,
-        source="NVIDIA A100 data sheet, 80GB SXM: BF16 312 TFLOPS, 2,039 GB/s",
     ),
+    # NVIDIA GA102 whitepaper: BF16 with FP32 accumulate 71 TFLOPS, 936 GB/s
     _card(
         *("RTX 3090", 86, 82, 1.695e9),
         operations=71e12,
         bytes=0.936e12,
-        source="NVIDIA GA102 whitepaper: BF16 with FP32 accumulate 71 TFLOPS, 936 GB/s",
     ),
+    # NVIDIA Ada whitepaper: BF16 with FP32 accumulate 165.2 TFLOPS, 1,008 GB/s
     _card(
         *("RTX 4090", 89, 128, 2.520e9),
         operations=165.2e12,
         bytes=1.008e12,
-        source="NVIDIA Ada whitepaper: BF16 with FP32 accumulate 165.2 TFLOPS, 1,008 GB/s",
     ),
+    # NVIDIA H100 data sheet, SXM: BF16 1,979 TFLOPS with sparsity, 3.35 TB/s
     _card(
         *("H100", 90, 132, 1.980e9),
         operations=989.5e12,
         bytes=3.35e12,
-        source="NVIDIA H100 data sheet, SXM: BF16 1,979 TFLOPS with sparsity, 3.35 TB/s",
     ),
+    # NVIDIA H200 data sheet, SXM: BF16 1,979 TFLOPS with sparsity, 4.8 TB/s
     _card(
         *("H200", 90, 132, 1.980e9),
         operations=989.5e12,
         bytes=4.8e12,
-        source="NVIDIA H200 data sheet, SXM: BF16 1,979 TFLOPS with sparsity, 4.8 TB/s",
     ),
+    # NVIDIA HGX B200 data sheet, one GPU: BF16 4.5 PFLOPS with sparsity, up to 8 TB/s
     _card(
         *("B200", 100, 148, 1.980e9),
         operations=2250e12,
         bytes=8.0e12,
-        source="NVIDIA HGX B200 data sheet, one GPU: BF16 4.5 PFLOPS with sparsity, up to 8 TB/s",
     ),
+    # NVIDIA RTX Blackwell whitepaper: BF16, FP32 accumulate 209.5 TFLOPS, 1,792 GB/s
     _card(
         *("RTX 5090", 120, 170, 2.407e9),
         operations=209.5e12,
         bytes=1.792e12,
-        source="NVIDIA RTX Blackwell whitepaper: BF16, FP32 accumulate 209.5 TFLOPS, 1,792 GB/s",
     ),
 )
 CARDS = {card.name: card for card in _CARDS}
@@ -177,19 +170,4 @@ def kernel_work(
         exponentials=0 if kernel == "nearest" else 1,
         instructions=instructions,
         bytes=size * dim * (vectors * rows + codes) + sums,
-    )
-
-
-def measured(card: Card, limits: Iterable[Mapping[str, str]]) -> Card:
-    """The card with the rates of `bench op`'s rows "limits" in the place of the data sheet's.
-
-    The issue rate has no measurement and stays.
-    """
-    rates = {(row["metric"], row["dtype"]): float(row["p50"]) for row in limits}
-    return replace(
-        card,
-        operations=rates.get(("matmul", "bfloat16"), card.operations),
-        exponentials=rates.get(("exp", "float32"), card.exponentials),
-        bytes=rates.get(("copy", ""), card.bytes),
-        source=f"{card.source}; measured by bench op",
     )

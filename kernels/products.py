@@ -11,17 +11,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-# For one thread at a time: they share the setting.
+# For one thread at a time, also one that needs no change: they share the setting.
 _lock = threading.RLock()
 
 
 def torch_precision(device: torch.device) -> str:
     """ "highest", "high" or "medium": what torch is set to do on this device."""
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by torch.backends' newer names, which it refuses to translate
-        operands = _backend(device).matmul.fp32_precision
-        return {"tf32": "high", "bf16": "medium"}.get(operands, "highest")
+    with _lock:
+        try:
+            return torch.get_float32_matmul_precision()
+        except RuntimeError:  # set by torch.backends' newer names, which it refuses to translate
+            operands = _backend(device).matmul.fp32_precision
+            return {"tf32": "high", "bf16": "medium"}.get(operands, "highest")
 
 
 @contextmanager
@@ -35,12 +36,11 @@ def float32_products(precision: str, device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         reduced = {"high": "tf32", "medium": "tf32"}
     allowed = (reduced[precision],) if precision in reduced else ("ieee", "none")
-    with _lock:  # not while it is another thread's
-        before = backend.matmul.fp32_precision
-    if before in allowed:
-        yield
-        return
     with _lock:
+        before = backend.matmul.fp32_precision
+        if before in allowed:
+            yield
+            return
         backend.matmul.fp32_precision = allowed[0]
         try:
             yield

@@ -276,13 +276,3 @@ def constants(tile: Tile, part: int, how: Arithmetic, z: Tensor) -> dict[str, ob
         "num_warps": tile.warps,
         "enable_fp_fusion": True,
     }
-
-
-def every_choice() -> dict[tuple[Architecture, Kernel, Operands, int], Tile]:
-    """All of the tables; the last of the key is the largest D."""
-    return {
-        (architecture, kernel, operands, 64 << position): tile
-        for architecture, table in _TABLES.items()
-        for (kernel, operands), row in table.items()
-        for position, tile in enumerate(row)
-    }

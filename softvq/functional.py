@@ -151,9 +151,10 @@ def nearest_codes(
     distance is differentiable in z and codebook. Arguments and errors as in `soft_quantize`, but
     "high" here is as accurate as "highest", and "medium" rounds to float16, in the fused kernels.
     """
-    z_heads, codebook_heads, _, backend = _prepare(z, codebook, 1.0, backend, precision)
-    indices = operators.nearest(z_heads.detach(), codebook_heads.detach(), precision, backend)
-    codes = autograd.CodesAt.apply(codebook_heads, indices, backend)
+    z_heads, codebook_heads, _, of_products = _prepare(z, codebook, 1.0, backend, precision)
+    indices = operators.nearest(z_heads.detach(), codebook_heads.detach(), precision, of_products)
+    of_sums = _choose_backend(z, backend, support.obstacle(z))
+    codes = autograd.CodesAt.apply(codebook_heads, indices, of_sums)
     difference = z_heads.to(accumulation_dtype(z_heads, codes)) - codes
     squared_distance = difference.square().sum(-1)
     return _as_rows(indices, z, codebook), _as_rows(squared_distance, z, codebook)

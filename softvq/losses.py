@@ -17,9 +17,9 @@ def in_float32(x: Tensor) -> Tensor:
 
 
 def reconstruction_error(output: Tensor, images: Tensor, kind: Difference = "squared") -> Tensor:
-    """Mean over all elements of |x̂ − x|² ("squared") or |x̂ − x| ("absolute").
+    """Mean over all elements of |x̂ − x|² ("squared") or |x̂ − x| ("absolute"), ().
 
-    Raises ValueError for another kind.
+    output and images (...), of one shape. Raises ValueError for another kind.
     """
     check_choice("kind", kind, get_args(Difference))
     difference = in_float32(output) - images
@@ -27,7 +27,7 @@ def reconstruction_error(output: Tensor, images: Tensor, kind: Difference = "squ
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(μ, σ²) ‖ N(0, 1)) = ½(−logvar + μ² + exp(logvar) − 1).
+    """KL(N(μ, σ²) ‖ N(0, 1)) = ½(−logvar + μ² + exp(logvar) − 1), (), of (B, ...) each.
 
     Summed over all latent dimensions of an image, averaged over the batch (first dimension).
     Kingma and Welling 2014, appendix B.
@@ -37,13 +37,17 @@ def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
 
 
 def quantizing_error(z: Tensor, quantized: Tensor) -> Tensor:
-    """Mean over all elements of (z − q)². Squared: a root's derivative is infinite at zero."""
+    """Mean over all elements of (z − q)², (), of z and q (...).
+
+    Squared: a root's derivative is infinite at zero.
+    """
     return (in_float32(z) - quantized).square().mean()
 
 
 def free_energy(log_partition: Tensor, temperature: Tensor, dim: int) -> Tensor:
-    """−T · log Σ_k exp(−‖z−c_k‖²/T), averaged over rows and divided by the dimension D.
+    """−T · log Σ_k exp(−‖z−c_k‖²/T), averaged over rows and divided by the dimension D, ().
 
+    log_partition (...) of `softvq.soft_quantize`, at the temperature () that it had there.
     Its codebook gradient is the soft k-means step; as T falls it becomes the squared distance to
     the nearest code per element. Rose 1998, "Deterministic annealing for clustering".
     """
@@ -53,8 +57,9 @@ def free_energy(log_partition: Tensor, temperature: Tensor, dim: int) -> Tensor:
 def mixture_negative_log_likelihood(
     log_partition: Tensor, temperature: Tensor, dim: int, codebook_size: int
 ) -> Tensor:
-    """−log p(z)/D of the mixture of K equal Gaussians of variance T/2 at the codes.
+    """−log p(z)/D of the mixture of K equal Gaussians of variance T/2 at the codes, ().
 
+    log_partition (...) and temperature () as for `free_energy`.
     −log p(z) = −log_partition + ½D log(πT) + log K. The log T term keeps a learned T finite.
     """
     normaliser = 0.5 * dim * torch.log(math.pi * temperature) + math.log(codebook_size)
@@ -62,7 +67,7 @@ def mixture_negative_log_likelihood(
 
 
 def commitment_loss(z: Tensor, codes: Tensor) -> Tensor:
-    """Mean over all elements of (z − sg[e])², in float32 at least; no gradient for the codes.
+    """Mean over all elements of (z − sg[e])², (), of z and e (...); no gradient for the codes.
 
     The third term of van den Oord et al. 2017, eq. 3, without its weight β.
     """

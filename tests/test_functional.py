@@ -257,6 +257,23 @@ def test_auto_is_fused_where_the_kernels_can_be_used(fake_card, monkeypatch):
     assert chosen(fake_card()) == ("streaming",) * 2
 
 
+@needs_triton
+def test_the_gradient_of_a_distance_is_a_sum_as_code_sums_has_it(fake_card, monkeypatch):
+    """Fused too where products stream: plain additions come in another order each time."""
+    used, apply = [], functional.autograd.CodesAt.apply
+
+    def watched(codebook, indices, backend):
+        used.append(backend)
+        return apply(codebook, indices, backend)
+
+    monkeypatch.setattr(functional.autograd.CodesAt, "apply", watched)
+    for card in ({"dim": 300}, {"dtype": torch.float64}, {"major": 7}):
+        z = fake_card(**card)
+        with z.fake_mode:
+            softvq.nearest_codes(z, z)
+    assert used == ["triton", "triton", "streaming"]
+
+
 def test_more_rows_or_heads_than_programs_can_number():
     def too_large(rows: int, heads: int) -> bool:
         z, codebook = torch.empty(rows, heads, 4, device="meta"), torch.empty(heads, 8, 4)

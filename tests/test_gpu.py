@@ -105,6 +105,19 @@ def test_autocast_changes_nothing(dtype):
     assert_same(inside, step(*tensors))
 
 
+@pytest.mark.parametrize("dim", [64, 300])
+def test_a_distance_moves_the_codes_alike_every_time(dim):
+    """Also where its products stream."""
+    torch.use_deterministic_algorithms(False)  # as users have it
+    z = torch.randn(20_000, dim, device=DEVICE)
+    codebook = torch.randn(50, dim, device=DEVICE, requires_grad=True)
+    _, distance = softvq.nearest_codes(z, codebook)
+    first, *others = (
+        torch.autograd.grad(distance.sum(), codebook, retain_graph=True)[0] for _ in range(10)
+    )
+    assert all(torch.equal(grad, first) for grad in others)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA device")
 def test_the_device_of_the_inputs_not_the_current_one():
     tensors = inputs()

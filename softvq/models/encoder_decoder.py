@@ -51,7 +51,10 @@ class EncoderDecoder(ImageModel):
         )
 
     def encode(self, images: Tensor, labels: Tensor | None = None) -> Latents:
-        """Images (B, C, H, W) in [0, 1], labels (B,) int64 → latents (B, h, w, D)."""
+        """Images (B, C, H, W) in [0, 1], labels (B,) integers → latents (B, h, w, D).
+
+        Raises TypeError or ValueError where they are not that, or labels are missing.
+        """
         check_images(images, self.image_shape)
         if self.classes:
             # (B, classes, H, W): each image's class is a map of ones.
@@ -66,7 +69,10 @@ class EncoderDecoder(ImageModel):
         return Latents(z, mean, logvar)
 
     def decode(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Latents or codes (B, h, w, D), labels (B,) int64 → images (B, C, H, W) in [0, 1]."""
+        """Latents or codes (B, h, w, D), labels (B,) integers → images (B, C, H, W) in [0, 1].
+
+        Raises TypeError or ValueError where labels are not that, or missing.
+        """
         if self.classes:
             # (B, h, w, classes)
             ones = self._one_hot(labels, latents)[:, None, None].expand(*latents.shape[:3], -1)

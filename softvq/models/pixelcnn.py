@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softvq import losses
-from softvq.checks import check_counts, check_positive, check_range
+from softvq.checks import check_counts, check_dtype, check_positive, check_range
 from softvq.models.base import CodeLevel
 from softvq.models.checks import check_codes, check_labels
 from softvq.models.masked import GatedLayer, shift_down, shift_right
@@ -60,6 +60,10 @@ class PixelCNN(nn.Module):
         width: channels of both stacks. kernel: odd, of the convolutions.
         layers: gated layers; L of them look back 1 + L·(kernel // 2) rows.
         dropout: on the gated features that the horizontal residuals read.
+
+    Raises:
+        TypeError: a size that is no whole number.
+        ValueError: a size that is too small, or an even kernel.
     """
 
     def __init__(
@@ -105,7 +109,13 @@ class PixelCNN(nn.Module):
             indices: (B, h, w) int64.
             labels: (B,) int64, -1 for an unknown class; None for a batch of unknown ones.
             condition: (B, h', w') int64, the coarser codes.
+
+        Raises:
+            TypeError: indices or condition that are not int64, labels that are no whole numbers.
+            ValueError: another shape; a condition too many or missing; on a CPU, an index, label or
+                condition that is out of range.
         """
+        check_dtype(torch.int64, indices=indices)
         if indices.dim() != 3:
             raise ValueError(f"indices must be (B, h, w), of one head, got {tuple(indices.shape)}")
         check_range(0, self.codebook_size, indices=indices)
@@ -138,6 +148,8 @@ class PixelCNN(nn.Module):
             grid: (h, w). labels: (count,) int64. condition: (count, h', w') int64.
             temperature: divides the logits; below 1 the likelier codes are preferred.
             generator: of the network's device; equal generators draw equal codes.
+
+        Raises what forward does of labels and condition; ValueError: a temperature not above 0.
         """
         check_positive(temperature=temperature)
         height, width = grid
@@ -164,6 +176,13 @@ class PixelCNN(nn.Module):
         if (condition is None) != (self.condition is None):
             wants = "needs" if condition is None else "takes no"
             raise ValueError(f"this prior {wants} condition")
+        if self.condition is not None:
+            check_dtype(torch.int64, condition=condition)
+            if condition.dim() != 3 or len(condition) != shape[0]:
+                raise ValueError(
+                    f"condition must be ({shape[0]}, h', w'), got {tuple(condition.shape)}"
+                )
+            check_range(0, self.condition.embedding.num_embeddings, condition=condition)
         context = None
         if self.classes is not None:
             if labels is None:
@@ -201,6 +220,8 @@ class CodePrior(nn.Module):
     Args:
         levels: coarsest first, by name; codes go in and come out as dicts of the same names.
         classes, width, layers, kernel, dropout: as for PixelCNN, the same at every level.
+
+    Raises what PixelCNN does; ValueError: no levels.
     """
 
     def __init__(
@@ -241,10 +262,14 @@ class CodePrior(nn.Module):
     def forward(
         self, codes: Mapping[str, Tensor], labels: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """The losses of a batch of codes, name → (B, h, w) int64; labels (B,) int64, -1 unknown.
+        """The losses of a batch of codes, name → (B, h, w) integers; labels (B,), -1 unknown.
 
         "loss": nats per latent, of all levels' codes together; "bits_per_latent": the same in
         bits; of several levels also each one's own, "bits_per_latent_<name>". All 0-d.
+
+        Raises:
+            TypeError: codes that are no dict, codes or labels that are no whole numbers.
+            ValueError: other levels or shapes; on a CPU, a code or label that is out of range.
         """
         nats = {name: -value.mean() for name, value in self._log_likelihoods(codes, labels).items()}
         loss = sum(nats.values()) / self.latents
@@ -286,6 +311,7 @@ class CodePrior(nn.Module):
     ) -> dict[str, Tensor]:
         """Each level's share of log_likelihood, (B,)."""
         check_codes("codes", codes, {name: level.grid for name, level in self.levels.items()})
+        codes = {name: indices.long() for name, indices in codes.items()}
         return {
             name: network.log_likelihood(codes[name], labels, codes.get(self.before.get(name)))
             for name, network in self.networks.items()

@@ -28,6 +28,11 @@ class SoftVQVAE(VQVAE):
             passes its gradient on to the encoder.
         quantized_codes: what the reconstruction-quantizing loss feeds the decoder.
         others: as for EncoderDecoder.
+
+    Raises:
+        TypeError: a quantizer that is no SoftVQ.
+        ValueError: one that is not channels last, or projects beside the decoder; another word for
+            decoder_input or quantized_codes.
     """
 
     quantizer: SoftVQ

@@ -21,6 +21,8 @@ class VQVAE(EncoderDecoder):
     Args:
         quantizer: of dimension D, channels last; VQ is the paper's own, EMAVQ that of its appendix.
         others: as for EncoderDecoder.
+
+    Raises TypeError or ValueError of a quantizer that is none, or not channels last.
     """
 
     def __init__(
@@ -59,7 +61,10 @@ class VQVAE(EncoderDecoder):
         return {LEVEL: self.quantizer(self.encode(images).mean)[1]}
 
     def decode_indices(self, indices: dict[str, Tensor]) -> Tensor:
-        """Codes (B, h, w) int64 by level → images (B, C, H, W) in [0, 1]."""
+        """Codes (B, h, w) integers by level → images (B, C, H, W) in [0, 1].
+
+        Raises TypeError or ValueError where codes are not that, or of other levels or grids.
+        """
         check_codes("indices", indices, self.grids)
         return self.decode(self.quantizer.get_output_from_indices(indices[LEVEL]))
 

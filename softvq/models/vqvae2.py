@@ -37,6 +37,9 @@ class VQVAE2(ImageModel):
         top, bottom: the quantizers, both of one dimension D, channels last. The paper's are EMAVQ.
         networks: the kind and size of encoders and decoders.
         others: as for EncoderDecoder.
+
+    Raises TypeError or ValueError of quantizers that are none, of two dimensions, or not channels
+    last.
     """
 
     def __init__(
@@ -92,7 +95,10 @@ class VQVAE2(ImageModel):
         return {name: level.indices for name, level in self._quantise(images).items()}
 
     def decode_indices(self, indices: dict[str, Tensor]) -> Tensor:
-        """Codes (B, h, w) int64 by level → images (B, C, H, W) in [0, 1]."""
+        """Codes (B, h, w) integers by level → images (B, C, H, W) in [0, 1].
+
+        Raises TypeError or ValueError where codes are not that, or of other levels or grids.
+        """
         check_codes("indices", indices, self.grids)
         codes = {
             level: quantizer.get_output_from_indices(indices[level])

@@ -211,21 +211,24 @@ class Quantizer(KeepsFloat32):
         """Take statistics of a training batch's latents, without gradient."""
 
     @torch.no_grad()
-    def _initialise(self, z: Tensor) -> None:
+    def _initialise(self, z: Tensor) -> bool:
         """Let k-means on latents (..., D) place the codes, if there are any and all are finite.
 
         Not where the buffer says that they are placed: it was copied in, as another replica's is.
+
+        Returns whether it placed them.
         """
         if self.initialised:
             self._is_initialised = True
-            return
+            return False
         options = {"spherical": self.use_cosine_sim, "sync": self.sync_codebook}
         for codes, latents in zip(self._stored_codes, self._by_codebook(z), strict=True):
             centres = kmeans(latents, self.codebook_size, self.kmeans_iters, **options)
             if centres is None or not centres.isfinite().all():
-                return
+                return False
             codes.copy_(centres)
         self._mark_initialised()
+        return True
 
     def _mark_initialised(self) -> None:
         """The codes have been placed: k-means is over."""

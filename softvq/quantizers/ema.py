@@ -155,11 +155,11 @@ class EMAVQ(Quantizer):
             counts.masked_fill_(moved, GRACE * self.threshold_ema_dead_code)
 
     @torch.no_grad()
-    def _initialise(self, z: Tensor) -> None:
+    def _initialise(self, z: Tensor) -> bool:
         """k-means, and the counts that belong to it."""
-        super()._initialise(z)
-        if not self._is_initialised:
-            return
-        indices = nearest_indices(z, self.codebook)
-        _, counts = self._batch_statistics(self._by_codebook(z), indices)
-        self.counts.copy_(counts.clamp(min=1))
+        placed = super()._initialise(z)
+        if placed:
+            indices = nearest_indices(z, self.codebook)
+            _, counts = self._batch_statistics(self._by_codebook(z), indices)
+            self.counts.copy_(counts.clamp(min=1))
+        return placed

@@ -42,6 +42,8 @@ class DeadCodeRestart(KeepsFloat32):
     A code is dead when its running share falls under `threshold` of an even one, 1/K; it moves as
     `restart_codes` says. For one codebook, and for the latents that meet its codes: behind a
     projection, and cut into heads.
+
+    Raises TypeError or ValueError: a size below 1, a threshold below 0, a decay outside [0, 1).
     """
 
     in_float32 = ("share",)
@@ -88,7 +90,8 @@ class DeadCodeRestart(KeepsFloat32):
         indices: (...), those of `update`; no code moves to a latent of index −1.
 
         Raises:
-            ValueError: another shape, or a codebook that is a copy, as with use_cosine_sim.
+            ValueError: another shape, or a codebook that autograd knows to be a copy, as with
+                use_cosine_sim; under `torch.no_grad` nothing tells, and no code moves.
         """
         if codebook.shape != (len(self.share), latents.shape[-1]):
             raise ValueError(

@@ -48,6 +48,8 @@ class SoftVQ(TemperedQuantizer):
             "likelihood" of the Gaussian mixture.
         commitment_weight: how much of that loss's gradient reaches the latents; 0 leaves them
             alone (the loss reads sg[z]).
+
+    Raises what `Quantizer` does; ValueError: learn_temperature under another codebook_loss.
     """
 
     def __init__(

@@ -189,8 +189,7 @@ def sample(
         codes = prior.load_model(device)
         drawn, classes = decoded_samples(codes, model, temperature or 1.0), codes.classes
         shape = prior.read_shape()
-    # An older run does not know what its classes are called.
-    names = shape.get("class_names", [str(label) for label in range(classes)]) if classes else ()
+    names = shape["class_names"] if classes else ()
     labels = even_labels(count, classes, device)
     if class_name is not None:
         if class_name not in names:

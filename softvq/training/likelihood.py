@@ -27,6 +27,8 @@ def fit_scales(
             uint8; all of one shape but for B. Read once, one batch at a time. A few thousand
             images are enough for scales that hold on others.
         scales: what to choose from.
+
+    Raises ValueError where there is no batch.
     """
     total: Tensor | None = None  # (S, C, H, W)
     for output, pixels in batches:

@@ -55,9 +55,6 @@ def check_data(run: RunFolder, model: ImageModel | CodePrior, images: DataSplits
     Raises RunError when the model is told their classes, and these are others.
     """
     shape = run.read_shape()
-    if "data" not in shape:
-        warn(f"{run.path}: an older run, which does not know whether these images are its own")
-        return
     if images.fingerprint == shape["data"]:
         return
     if model.classes and list(images.class_names) != shape["class_names"]:

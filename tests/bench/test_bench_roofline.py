@@ -3,9 +3,9 @@
 import pytest
 
 from bench import roofline
-from bench.roofline import CARDS, Card, Work, kernel_work, measured, times
+from bench.roofline import CARDS, Card, Work, kernel_work, times
 
-CARD = Card("toy", 90, operations=1e3, exponentials=10, instructions=100, bytes=50, source="here")
+CARD = Card("toy", 90, operations=1e3, exponentials=10, instructions=100, bytes=50)
 
 
 def test_times():
@@ -70,15 +70,3 @@ def test_a_part_has_whole_scores_and_its_share_of_the_output():
 def test_dimensions_are_padded():
     assert kernel_work("forward", "bf16", 1, 1, 5, 1.0).operations == 4 * 16
     assert kernel_work("forward", "bf16", 1, 1, 65, 1.0).operations == 4 * 128
-
-
-def test_measured_limits_replace_the_data_sheet():
-    rows = [
-        {"metric": "matmul", "dtype": "float32", "p50": "1e12"},
-        {"metric": "matmul", "dtype": "bfloat16", "p50": "7.9e14"},
-        {"metric": "copy", "dtype": "", "p50": "4.2e12"},
-    ]
-    card = measured(CARDS["H200"], rows)
-    assert card.operations == 7.9e14 and card.bytes == 4.2e12
-    assert card.exponentials == CARDS["H200"].exponentials
-    assert "measured" in card.source

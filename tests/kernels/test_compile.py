@@ -15,6 +15,7 @@ import pytest
 
 from softvq.kernels import support, tiles
 from softvq.kernels.arithmetic import arithmetic
+from tests.kernels.choices import CHOICES
 
 pytest.importorskip("triton", reason="Triton compiles the kernels; it is not installed")
 compile = pytest.importorskip("bench.compile")
@@ -118,4 +119,4 @@ def test_the_committed_tables_are_of_these_tiles():
             found = (row[name] for name in tiles.Tile._fields)
             assert tuple(map(int, found)) == tile, row
             covered.add((family, kernel_of(row), operands, max(64, dim)))
-    assert covered == set(tiles.every_choice())
+    assert covered == set(CHOICES)

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="the fused kernels are written in Triton")
 
-from bench.bounds import ALL, make, nearest_excess
+from bench.bounds import ALL, factor, make, nearest_excess
 from bench.truth import Errors, Problem, forward, gradients, matmul_in
 from softvq.kernels import fused, tuning
 from softvq.kernels.code_sums import code_sums
@@ -97,6 +97,7 @@ def in_blocks(problem: Problem, incoming, matmul=torch.matmul) -> dict[str, torc
 @pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("arithmetic", ARITHMETICS, ids=str)
 def test_the_same_bits_every_time(arithmetic, dim):
+    torch.use_deterministic_algorithms(False)  # as users have it
     *dtypes, precision = arithmetic
     problem = draw(2, 5000, 1000, dim, *dtypes)
     incoming = incoming_of(problem)
@@ -111,6 +112,7 @@ def test_the_same_bits_every_time(arithmetic, dim):
 @pytest.mark.parametrize("dim", [1, 16, 64, 256, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_the_same_sums_every_time(dtype, dim):
+    torch.use_deterministic_algorithms(False)  # as users have it
     z = torch.randn(50_000, dim, device=DEVICE).to(dtype)
     indices = torch.randint(0, 100, (50_000,), device=DEVICE) ** 2 // 100  # uneven
     first = code_sums(z, indices, 100)
@@ -142,9 +144,7 @@ def assert_near_float64(draw_problem: Callable[[], Problem]) -> None:
             error = errors.setdefault(name, Errors(floor=1.0 if name == "entropy" else 0.0))
             error.add(ours[name], plain[name], truth)
     for name, error in errors.items():
-        # What a matrix unit cuts off does not cancel over rows, as what is rounded does.
-        over_rows = name.startswith("grad") or name == "usage"
-        error.assert_no_worse(3 if over_rows else 2, name)
+        error.assert_no_worse(factor(name), name)
 
 
 @pytest.mark.parametrize("codes", [1000, 8192])

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import softvq
 from softvq.kernels import streaming
-from softvq.kernels.products import float32_product, float32_products
+from softvq.kernels.products import float32_product, float32_products, torch_precision
 from tests.kernels.results import (
     DEVICE,
     TRITON,
@@ -108,22 +108,28 @@ def test_plain_products_follow_the_call(set_precision, monkeypatch, setting, pre
     assert {how for function, how in seen if function == torch.ops.aten.mm.out} == {"ieee"}
 
 
-def test_another_thread_waits_for_the_setting(set_precision):
+@pytest.mark.parametrize("torchs", ["highest", "medium"])
+@pytest.mark.parametrize("first", ["highest", "medium"])
+def test_another_thread_waits_for_the_setting(set_precision, torchs, first):
+    """Also for one that has changed nothing, and with what a call without precision follows."""
     device = torch.device(DEVICE)
-    set_precision("medium")
+    set_precision(torchs)
     before, seen = SETTING.fp32_precision, []
+    second = "medium" if first == "highest" else "highest"
 
     def multiply() -> None:
-        with float32_products("medium", device):
+        seen.append(torch_precision(device))
+        with float32_products(second, device):
             seen.append(SETTING.fp32_precision)
 
     other = threading.Thread(target=multiply)
-    with float32_products("highest", device):
+    with float32_products(first, device):
+        inside = SETTING.fp32_precision
         other.start()
         other.join(0.2)
-        assert SETTING.fp32_precision == "ieee" and not seen
+        assert SETTING.fp32_precision == inside and not seen
     other.join()
-    assert seen == [before] and SETTING.fp32_precision == before
+    assert seen[0] == torchs and seen[1] != inside and SETTING.fp32_precision == before
 
 
 @pytest.mark.parametrize("backend", ["streaming", "reference", TRITON])

@@ -26,6 +26,7 @@ from bench.bounds import (
 )
 from bench.truth import Errors, Problem, gradients, matmul_in
 from softvq.kernels import code_sweep, fused, reference, tiles
+from tests.kernels.choices import CHOICES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 draw = partial(make, device=DEVICE)
@@ -264,7 +265,7 @@ def test_programs_fill_the_processors():
 
 
 def test_every_tile_divides_the_padded_codebook():
-    for tile in tiles.every_choice().values():
+    for tile in CHOICES.values():
         assert tiles.CODE_MULTIPLE % tile.codes == 0
 
 

@@ -185,6 +185,29 @@ def test_condition_that_is_missing_or_too_much():
         PixelCNN(3, width=4, layers=1)(codes, condition=codes)
 
 
+@pytest.mark.parametrize(
+    ("condition", "error", "message"),
+    [
+        (torch.full((1, 1, 1), 4), ValueError, r"condition must lie in \[0, 4\)"),
+        (torch.zeros(1, 1, 1), TypeError, "condition must be a tensor of torch.int64"),
+        (torch.zeros(2, 1, 1, dtype=torch.int64), ValueError, r"must be \(1, h', w'\), got"),
+        (torch.zeros(1, 1, dtype=torch.int64), ValueError, r"must be \(1, h', w'\), got"),
+    ],
+    ids=str,
+)
+def test_condition_that_is_none(condition, error, message):
+    codes = torch.zeros(1, 2, 2, dtype=torch.int64)
+    with pytest.raises(error, match=message):
+        PixelCNN(3, condition_size=4, width=4, layers=1)(codes, condition=condition)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_codes_of_any_integers(dtype):
+    prior = CodePrior({"codes": CodeLevel((2, 2), 3)}, width=4, layers=1)
+    codes = torch.randint(3, (4, 2, 2))
+    assert torch.equal(prior({"codes": codes.to(dtype)})["loss"], prior({"codes": codes})["loss"])
+
+
 def test_codes_of_several_heads_are_refused():
     prior = CodePrior({"codes": CodeLevel((2, 2), 3)}, width=4, layers=1)
     with pytest.raises(ValueError, match=r"\(B, h, w\), of one head, got \(1, 2, 2, 5\)"):

@@ -107,14 +107,14 @@ def test_codes_are_their_own_nearest():
 
 @pytest.mark.parametrize("estimator", ["soft", "straight_through"])
 @pytest.mark.parametrize("heads", [1, 2])
-@pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize("codebook_loss", LOSSES)
+@pytest.mark.parametrize(
+    ("codebook_loss", "learned"), [*((loss, False) for loss in LOSSES), ("likelihood", True)]
+)
 def test_commitment_weight_scales_what_reaches_x_and_only_that(
     codebook_loss, learned, heads, estimator
 ):
     options = {"codebook_loss": codebook_loss, "heads": heads, "estimator": estimator}
-    if learned:
-        options |= {"learn_temperature": True, "codebook_loss": "likelihood"}
+    options["learn_temperature"] = learned
     full = layer(**options, commitment_weight=1.0).double()
     x = torch.randn(20, DIM, dtype=torch.float64, requires_grad=True)
     loss = full(x)[2]

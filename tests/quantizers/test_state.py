@@ -59,12 +59,18 @@ def test_without_memory_there_are_shapes(kind, training):
 def test_kmeans_leaves_codes_that_were_copied_in(kind):
     """Tensor by tensor, as data-parallel training and averaged models do: no hook says so."""
     vq, other = (kind(DIM, CODES, kmeans_init=True) for _ in range(2))
-    vq(torch.randn(40, DIM))
+    for _ in range(3):
+        vq(torch.randn(40, DIM))
     with torch.no_grad():
         for name, value in other.state_dict(keep_vars=True).items():
             value.copy_(vq.state_dict()[name])
-    other(50 + torch.randn(40, DIM))
+    latents = 50 + torch.randn(40, DIM)
+    for layer in (vq, other):
+        torch.manual_seed(1)
+        layer(latents)
     assert other.codebook.max() < 40
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, vq.state_dict()[name]), name
 
 
 @each

@@ -4,11 +4,10 @@ import json
 import shutil
 
 import pytest
-from safetensors import safe_open
 
 from softvq.cli import main
 from softvq.training import commands
-from softvq.training.run_folder import RunFolder, model_bytes
+from softvq.training.run_folder import RunFolder
 from softvq.training.trainer import train
 from tests.pictures import paint, picture
 
@@ -90,20 +89,6 @@ def test_eval_says_that_the_images_are_others(folder, capsys):
         error = capsys.readouterr().err
         assert error.startswith(f"warning: {folder / 'vqvae'}: the images are not those it was")
         assert error.count("\n") == 1
-
-
-def test_an_older_run_does_not_know_its_images(folder, capsys):
-    settle(folder)
-    run = RunFolder(folder / "cvae")
-    with safe_open(run.model, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    shape = run.read_shape()
-    del shape["data"], shape["class_names"]
-    run.model.write_bytes(model_bytes(tensors, shape))
-    capsys.readouterr()
-    assert main(["eval", str(run.path)]) == 0
-    assert f"{run.path}: an older run, which does not know whether" in capsys.readouterr().err
-    assert main(["sample", str(run.path), "--class", "1", "-o", str(folder / "s.png")]) == 0
 
 
 @pytest.mark.parametrize("model", ["cvae", "pixelcnn"])
