@@ -6,7 +6,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Of a squared distance, divided by it, float32 keeps something in either direction.
 LEAST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-20, 1e20
@@ -83,7 +83,8 @@ def check_range(least: int, end: int, **tensors: Tensor) -> None:
 
 def may_read(x: Tensor) -> bool:
     """Reading a GPU tensor would stall the stream, and reading at all would break a graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    plain = type(x) in (Tensor, nn.Parameter)  # others, like torch's fake tensors, may hold nothing
+    return plain and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_tensors(what: str, fits: Callable[[Tensor], bool], tensors: dict[str, object]) -> None:

@@ -9,10 +9,11 @@ import math
 from typing import Literal, TypeVar, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softvq.checks import check_choice
 from softvq.distributed.collectives import from_first_replica, mean_over_replicas
+from softvq.precise import KeepsFloat32, precise_dtype
 
 Schedule = Literal["constant", "exponential", "cosine", "learned"]
 Value = TypeVar("Value", float, Tensor)
@@ -38,7 +39,7 @@ def annealed(
     return start
 
 
-class CriticalTemperature(nn.Module):
+class CriticalTemperature(KeepsFloat32):
     """T_c = 2·λ_max(Cov z), followed while the encoder moves.
 
     The mean and the covariance of z are running averages over batches; while fewer than
@@ -47,16 +48,22 @@ class CriticalTemperature(nn.Module):
     not finite, is left out.
     """
 
+    in_float32 = ("mean", "covariance")
+
     def __init__(self, dim: int, decay: float = 0.98):
         super().__init__()
         self.decay = decay
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("covariance", torch.zeros(dim, dim))
+        self.register_buffer("mean", torch.zeros(dim, dtype=precise_dtype()))
+        self.register_buffer("covariance", torch.zeros(dim, dim, dtype=precise_dtype()))
 
     @torch.no_grad()
     def update(self, z: Tensor) -> None:
-        """Take in a batch of latents (..., D)."""
+        """Take in a batch of latents (..., D). Raises ValueError for another D."""
+        if z.shape[-1:] != self.mean.shape:
+            raise ValueError(
+                f"latents must be (..., D) with D = {len(self.mean)}, got {tuple(z.shape)}"
+            )
         rows = z.detach().reshape(-1, z.shape[-1]).to(self.mean.dtype)
         batch_mean = mean_over_replicas(rows.mean(0))
         shift, centred = batch_mean - self.mean, rows - batch_mean
@@ -69,5 +76,5 @@ class CriticalTemperature(nn.Module):
         self.covariance.copy_(self.covariance.lerp(spread, weight).where(finite, self.covariance))
 
     def value(self) -> Tensor:
-        """T_c, 0-d float32, the same bits on every replica; zero before the first update."""
+        """T_c, (), in float32 at least, the same bits on every replica; zero before an update."""
         return 2 * from_first_replica(torch.linalg.eigvalsh(self.covariance)[-1])

@@ -14,7 +14,7 @@ FILES = sorted([*(ROOT / "softvq").rglob("*.py"), *(ROOT / "kernels").rglob("*.p
 # Each may import what stands before it, and itself.
 LAYERS = [
     {"softvq.kernels"},
-    {"softvq", "softvq.checks", "softvq.functional"},
+    {"softvq", "softvq.checks", "softvq.precise", "softvq.functional"},
     {"softvq.losses", "softvq.metrics", "softvq.distributed", "softvq.schedules", "softvq.data"},
     {"softvq.quantizers"},
     {"softvq.models"},

@@ -15,6 +15,9 @@ from softvq.data.types import DataError
 
 AHEAD = 2  # results that each process has ready
 CAN_WAIT = hasattr(signal, "sigwaitinfo")  # for signals, and who sent them; not on macOS
+# Not a server of forks, Python's own choice on Linux from 3.14 on: a process would be that one's
+# child, and not end when this one says so.
+START = "fork" if CAN_WAIT else None
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -37,6 +40,7 @@ def in_workers(
         batch_size=None,
         sampler=chain(first, items),
         num_workers=workers,
+        multiprocessing_context=START if workers else None,
         prefetch_factor=AHEAD if workers else None,
         pin_memory=pin,
         collate_fn=_as_it_is,

@@ -3,10 +3,11 @@
 from typing import get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softvq.checks import check_choice, check_temperatures
 from softvq.distributed.collectives import from_first_replica, mean_over_replicas
+from softvq.precise import KeepsFloat32, precise_dtype
 from softvq.quantizers.soft import SoftVQ
 from softvq.schedules import CriticalTemperature, Schedule, annealed
 
@@ -17,7 +18,7 @@ DECAY = 0.98  # of the running quantizing error
 SPREAD = 0.1  # of the codes around the mean at the start, in standard deviations of the data
 
 
-class Annealing(nn.Module):
+class Annealing(KeepsFloat32):
     """Sets the temperature of a SoftVQ each step, so that nobody has to pick it.
 
     It falls from just under the critical temperature of the latents, measured again as the encoder
@@ -26,8 +27,8 @@ class Annealing(nn.Module):
     instead. The codes start close together at the mean and part as T falls.
 
     Call `start` with the first latents, then after each step `update`, and now and then `measure`.
-    Latents are what meets the codes, (..., D). Its state belongs in a checkpoint; the quantizer's
-    is not part of it.
+    Latents are what meets the codes, (..., D), as `SoftVQ.latents` has it. Its state belongs in a
+    checkpoint; the quantizer's is not part of it.
 
     Args:
         quantizer: whose codes and temperature are set.
@@ -38,6 +39,8 @@ class Annealing(nn.Module):
     Raises:
         TypeError, ValueError: a schedule, temperature or ratio that is not allowed.
     """
+
+    in_float32 = ("critical_value", "quantizing_error")
 
     def __init__(
         self,
@@ -57,15 +60,24 @@ class Annealing(nn.Module):
         self.schedule = schedule
         self.fixed_start, self.fixed_ratio = temperature, ratio
         self.critical = CriticalTemperature(quantizer.codebook_dim)
-        self.register_buffer("critical_value", torch.zeros(()))
-        self.register_buffer("quantizing_error", torch.zeros(()))
+        for name in self.in_float32:
+            self.register_buffer(name, torch.zeros((), dtype=precise_dtype()))
 
     @torch.no_grad()
     def start(self, latents: Tensor) -> None:
-        """Measure first latents, place the codes among them, set T."""
+        """Measure first latents, place the codes among them, set T. Waits for the device.
+
+        Raises ValueError, and moves nothing, where latents are of another D, all alike, or not
+        finite.
+        """
         (quantizer,) = self.quantizer
         self.critical.update(latents)
-        self.critical_value.copy_(self.critical.value())
+        critical_value = self.critical.value()
+        if not critical_value > 0:
+            raise ValueError(
+                "latents must be finite and differ from each other, or they have no temperature"
+            )
+        self.critical_value.copy_(critical_value)
         variance = 0.5 * self.critical_value
         self.quantizing_error.copy_(variance)
         noise = from_first_replica(torch.randn_like(quantizer.codebook))

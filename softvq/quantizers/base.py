@@ -15,10 +15,10 @@ from softvq.checks import (
     check_temperatures,
     check_weights,
 )
+from softvq.precise import KeepsFloat32
 from softvq.quantizers.entropy import batch_regulariser
 from softvq.quantizers.kmeans import kmeans
 from softvq.quantizers.positions import put_back, valid_positions, without_rows
-from softvq.quantizers.precise import KeepsFloat32
 from softvq.quantizers.straight_through import codes_at
 from softvq.quantizers.types import Quantized
 
@@ -199,6 +199,13 @@ class Quantizer(KeepsFloat32):
             return quantized, indices, loss, breakdown
         return quantized, indices, loss
 
+    def latents(self, x: Tensor) -> Tensor:
+        """What meets the codes, (B, ..., D), with heads (B, ..., heads, D), of x as forward has it:
+        for `Annealing` and `DeadCodeRestart`. Raises TypeError or ValueError of x.
+        """
+        self._check_input(x)
+        return self._latents(x if self.channel_last else x.movedim(1, -1))
+
     def quantize(self, z: Tensor) -> Quantized:
         """Quantise latents (..., D), with heads (..., heads, D), as `forward` does: no loss."""
         raise NotImplementedError
@@ -215,8 +222,7 @@ class Quantizer(KeepsFloat32):
         """Let k-means on latents (..., D) place the codes, if there are any and all are finite.
 
         Not where the buffer says that they are placed: it was copied in, as another replica's is.
-
-        Returns whether it placed them.
+        Returns whether it has placed them.
         """
         if self.initialised:
             self._is_initialised = True

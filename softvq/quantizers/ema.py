@@ -8,9 +8,9 @@ from torch import Tensor
 from softvq import losses
 from softvq.checks import check_decay, check_positive, check_weights
 from softvq.functional import nearest_indices
+from softvq.precise import precise_dtype
 from softvq.quantizers.base import Quantizer
 from softvq.quantizers.kmeans import replica_code_sums
-from softvq.quantizers.precise import precise_dtype
 from softvq.quantizers.restart import restart_codes
 from softvq.quantizers.straight_through import NearestCodes, nearest_straight_through
 from softvq.quantizers.types import QuantizerOptions
@@ -48,8 +48,8 @@ class EMAVQ(Quantizer):
             become its code: `straight_through` with `rotated`.
         decay: γ.
         eps: ε.
-        freeze_codebook: codes and statistics stay, also in training; an attribute to set later,
-            which `train()` of the model around it leaves.
+        freeze_codebook: codes and statistics stay, also in training, once k-means has run; an
+            attribute to set later, which `train()` of the model around it leaves.
         threshold_ema_dead_code: a code whose count N_k, rows per batch, is lower is restarted at a
             latent of the batch, as `restart_codes` says; 0: never. An even share is rows·heads/K
             (rows/K with a codebook per head): keep it well under that, or live codes restart.

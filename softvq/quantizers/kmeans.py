@@ -10,6 +10,7 @@ from softvq.losses import in_float32
 from softvq.quantizers.draw import draw_latents, race_keys
 
 CANDIDATES_PER_CODE = 8  # latents the seeding looks at; K passes over all of them would be slow
+SPREAD = 0.1  # of codes around a latent that has one already, in standard deviations
 
 
 @torch.no_grad()
@@ -21,10 +22,11 @@ def kmeans(
     spherical: bool = False,
     sync: bool | None = None,
 ) -> Tensor | None:
-    """Codes (K, D) among latents (n, D), in float32 at least; None without any latent.
+    """Codes (K, D) among latents (n, D), in float32 at least; None without any latent, and for
+    several codes without two that differ.
 
-    Seeded by k-means++, then Lloyd's steps; a code that nothing chose stays. With fewer latents
-    than codes some codes are equal. Over all replicas together, the same bits on each.
+    Seeded by k-means++, then Lloyd's steps; a code that nothing chose stays. Over all replicas
+    together, the same bits on each.
 
     Args:
         spherical: bring the codes back to length 1 after every step (spherical k-means).
@@ -34,9 +36,10 @@ def kmeans(
     even = latents.new_ones(len(latents))
     candidates, exists = draw_latents(latents, even, CANDIDATES_PER_CODE * codebook_size, sync)
     candidates = candidates[exists]
-    if len(candidates) == 0:
+    if len(candidates) == 0 or (codebook_size > 1 and (candidates == candidates[0]).all()):
         return None
     codes = from_first_replica(seed_codes(candidates, codebook_size), sync)
+    codes = normalize(codes, dim=-1) if spherical else codes
     for _ in range(iterations):
         indices = nearest_indices(latents, codes)
         sums, counts = replica_code_sums(latents, indices, codebook_size, sync)
@@ -49,15 +52,23 @@ def kmeans(
 def seed_codes(latents: Tensor, codebook_size: int) -> Tensor:
     """Latents (K, D) drawn from (n, D), each ∝ its squared distance from those drawn before.
 
-    k-means++, Arthur and Vassilvitskii 2007.
+    k-means++, Arthur and Vassilvitskii 2007. With fewer latents than codes some are drawn again and
+    moved a little: equal codes have equal gradients, and would stay equal.
     """
     codes = latents.new_empty(codebook_size, latents.shape[1])
     weights = latents.new_ones(len(latents))
     nearest = torch.full_like(weights, torch.inf)
+    again = []
     for code in codes:
-        code.copy_(latents[race_keys(weights).argmax()])
+        chosen = race_keys(weights).argmax()
+        code.copy_(latents[chosen])
+        again.append(weights[chosen] == 0)
         nearest = torch.minimum(nearest, (latents - code).square().sum(1))
         weights = nearest
+    again = torch.stack(again)[:, None]
+    if again.any():
+        deviation = latents.var(0, correction=0).mean().sqrt()
+        codes += again * (SPREAD * deviation * torch.randn_like(codes))
     return codes
 
 

@@ -6,8 +6,8 @@ from torch import Tensor
 from softvq.checks import check_counts, check_decay, check_dtype, check_range, check_weights
 from softvq.distributed.collectives import sum_over_replicas
 from softvq.functional import nearest_codes
+from softvq.precise import KeepsFloat32, precise_dtype
 from softvq.quantizers.draw import draw_latents
-from softvq.quantizers.precise import KeepsFloat32, precise_dtype
 
 
 @torch.no_grad()
@@ -40,8 +40,8 @@ class DeadCodeRestart(KeepsFloat32):
     """Follows each code's share of the latents and moves the codes that have none.
 
     A code is dead when its running share falls under `threshold` of an even one, 1/K; it moves as
-    `restart_codes` says. For one codebook, and for the latents that meet its codes: behind a
-    projection, and cut into heads.
+    `restart_codes` says. For one codebook, and for the latents that meet its codes: those of
+    `Quantizer.latents`.
 
     Raises TypeError or ValueError: a size below 1, a threshold below 0, a decay outside [0, 1).
     """

@@ -37,8 +37,8 @@ class SoftVQ(TemperedQuantizer):
     Args:
         dim, codebook_size, codebook_dim, heads, **options: see `Quantizer`.
         temperature: T, the divisor of the squared distance summed over D. (The original Soft
-            VQ-VAE divides the mean distance: its T is D times larger.) To be read as `temperature`
-            and changed by `set_temperature`.
+            VQ-VAE divides the mean distance: its temperature times D is T.) To be read as
+            `temperature` and changed by `set_temperature`.
         learn_temperature: learn log T; only with codebook_loss="likelihood", since every other
             loss falls for ever as T grows.
         estimator: "soft" or "straight_through" (value of the nearest code, soft gradient).
@@ -99,8 +99,7 @@ class SoftVQ(TemperedQuantizer):
     @torch.no_grad()
     def assign(self, x: Tensor) -> SoftAssignment:
         """How x (B, ..., dim), or (B, dim, ...) without channel_last, is assigned to the codes."""
-        self._check_input(x)
-        z = self._latents(x if self.channel_last else x.movedim(1, -1))
+        z = self.latents(x)
         soft = soft_quantize(z, self.codebook, self.temperature)
         nearest = codes_at(self.codebook, soft.indices)
         best_score = -(losses.in_float32(z) - nearest).square().sum(-1) / self.temperature

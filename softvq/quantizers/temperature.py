@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from softvq.checks import check_temperatures
 from softvq.functional import temperature_tensor
+from softvq.precise import precise_dtype
 from softvq.quantizers.base import Quantizer
-from softvq.quantizers.precise import precise_dtype
 
 
 class TemperedQuantizer(Quantizer):

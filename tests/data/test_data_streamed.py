@@ -96,7 +96,8 @@ def test_a_signal_to_all_processes_is_for_the_first_one(zoo):
     processes = set(multiprocessing.active_children()).difference(others)
     assert len(processes) == 2
     for process, name in itertools.product(processes, ("INT", "TERM")):
-        subprocess.run(["kill", f"-{name}", str(process.pid)], check=True)  # not from the parent
+        # Not from the parent.
+        subprocess.run(["sh", "-c", f"kill -{name} {process.pid}"], check=True)
     for batch in source:
         found += numbers(batch)
     assert found == numbers(whole(train))

@@ -45,6 +45,44 @@ def test_it_starts_just_under_the_critical_temperature_with_the_codes_at_the_mea
     assert torch.equal(quantizer.codebook, before)
 
 
+@pytest.mark.parametrize("latents", [torch.ones(9, 4), torch.full((9, 4), torch.nan), LATENTS[:1]])
+def test_first_latents_that_have_no_temperature_move_nothing(latents):
+    quantizer = SoftVQ(4, 32)
+    annealing, codes = Annealing(quantizer), quantizer.codebook.clone()
+    with pytest.raises(ValueError, match="latents must be finite and differ"):
+        annealing.start(latents)
+    assert torch.equal(quantizer.codebook, codes) and quantizer.temperature == 1
+    annealing.start(LATENTS)
+    assert quantizer.temperature.isfinite() and quantizer.temperature > 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"heads": 2}, {"codebook_dim": 3}, {"channel_last": False}], ids=str
+)
+def test_latents_are_what_meets_the_codes(options):
+    quantizer = SoftVQ(4, 32, **options)
+    annealing = Annealing(quantizer)
+    x = torch.randn(6, 4, 7) if options == {"channel_last": False} else torch.randn(6, 7, 4)
+    with pytest.raises(ValueError, match=r"latents must be \(\.\.\., D\) with D = "):
+        annealing.start(x[..., :1])
+    annealing.start(quantizer.latents(x))
+    out = quantizer.quantize(quantizer.latents(x))
+    assert torch.equal(out.indices, quantizer(x)[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_it_stays_in_float32(dtype):
+    quantizer = SoftVQ(4, 32)
+    annealing = Annealing(quantizer)
+    torch.nn.ModuleList([quantizer, annealing]).to(dtype)
+    annealing.start(LATENTS.to(dtype))
+    annealing.update(LATENTS.to(dtype), torch.tensor(0.1, dtype=dtype), 0.5)
+    annealing.measure(0.5)
+    floating = [x for x in annealing.state_dict().values() if x.is_floating_point()]
+    assert floating and all(x.dtype == torch.float32 for x in floating)
+    torch.testing.assert_close(annealing.critical_value, critical(), rtol=1e-2, atol=0)
+
+
 def test_it_falls_to_twice_the_quantizing_error_and_stays():
     annealing, quantizer = started()
     error, values = torch.tensor(0.05), []

@@ -51,11 +51,35 @@ def test_spherical_centres_have_length_one():
     torch.testing.assert_close(codes.norm(dim=-1), torch.ones(5))
 
 
-def test_fewer_latents_than_codes_and_none():
-    latents = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
-    codes = kmeans(latents, 5, 3)
-    assert sorted(map(tuple, codes.unique(dim=0).tolist())) == [(0.0, 1.0), (2.0, 3.0)]
-    assert kmeans(latents[:0], 5, 3) is None
+@pytest.mark.parametrize("spherical", [False, True])
+def test_fewer_latents_than_codes(spherical):
+    """The others lie around them, each in a place of its own: equal codes would stay equal."""
+    latents = torch.tensor([[0.0, 10.0], [30.0, 0.0]])
+    latents = torch.nn.functional.normalize(latents, dim=-1) if spherical else latents
+    codes = kmeans(latents, 50, 3, spherical=spherical)
+    assert len(codes.unique(dim=0)) == 50
+    assert all((codes == latent).all(-1).any() for latent in latents)
+    nearest = torch.cdist(latents, codes).argmin(1)
+    assert torch.equal(codes[nearest], latents)
+    near = torch.cdist(codes, latents).amin(1) / latents.std(0).mean()
+    assert near.max() < 0.7
+    if spherical:
+        torch.testing.assert_close(codes.norm(dim=-1), torch.ones(50))
+
+
+def test_no_latents_or_all_alike():
+    latents = torch.ones(4, 2)
+    assert kmeans(latents[:0], 5, 3) is None and kmeans(latents, 5, 3) is None
+    assert torch.equal(kmeans(latents, 1, 3), latents[:1])
+
+
+@each
+def test_placement_waits_for_latents_that_differ(kind):
+    vq = kind(2, 8, kmeans_init=True)
+    vq(torch.ones(20, 2))
+    assert not vq.initialised
+    vq(clusters())
+    assert vq.initialised and len(vq.codebook.unique(dim=0)) == 8
 
 
 @each
