@@ -22,10 +22,12 @@ INK, FILL, EVEN = "#1f2933", "#3b6fb6", "#c2561a"
 def save_rows(path: Path, rows: Sequence[tuple[str, Tensor]], *, image_size: int = 64) -> None:
     """Write one PNG with a row of images per entry, its label at the left.
 
-    rows: label and (n, C, H, W) floats in [0, 1], clamped; of C channels the first, or first three.
+    rows: label, in the picture of one line, and (n, C, H, W) floats in [0, 1], clamped; of C
+    channels the first, or first three.
     image_size: small images are enlarged by the whole factor that brings their longer side
     nearest to so many pixels; large ones stay as they are.
     """
+    rows = [(" ".join(label.splitlines()), images) for label, images in rows]
     font = ImageFont.truetype(FONT, FONT_SIZE)
     left = 2 * MARGIN + max(round(font.getlength(label)) for label, _ in rows)
     strips = [_strip(images, image_size) for _, images in rows]

@@ -37,7 +37,7 @@ MEANINGS = {
         "lower",
         "What an image costs per pixel and channel, codes included, in bits.",
     ),
-    "bits_per_dim_of_codes": ("lower", "The codes' share of that."),
+    "bits_per_dim_of_codes": ("lower", "The codes' share of that, the class of an image included."),
     "bits_per_latent": ("lower", "What the prior takes for one code."),
     "order0_bits_per_latent": ("", "What a code takes if only the codes' frequencies are known."),
     "uniform_bits_per_latent": ("", "What a code takes if nothing is known: log2 K."),
@@ -90,7 +90,10 @@ def write_report(run: RunFolder) -> Path:
     """
     config = tomllib.loads(run.read_config().to_toml())
     if not run.metrics.is_file():
-        raise RunError(f"{run.path}: no metrics.jsonl there; name the folder of a training run")
+        raise RunError(
+            f"{run.path}: no metrics.jsonl there; name the folder of a run that came to its first "
+            "validation"
+        )
     history, unreadable = read_history(run.metrics)
     finished = run.summary.is_file()
     summary = _read_summary(run.summary) if finished else {}

@@ -157,3 +157,11 @@ def test_the_target_appears_only_when_the_block_has_ended(tmp_path: Path) -> Non
     assert path.read_text() == "whole"
     assert path.stat().st_ino == inode  # renamed, not copied
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_label_of_several_lines_is_one(tmp_path):
+    """As a class of a folder may be called, which Pillow cannot measure."""
+    image = torch.zeros(1, 1, 8, 8)
+    for name, label in (("one", "a b"), ("two", "a\nb")):
+        save_rows(tmp_path / name, [(label, image)])
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
