@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="the fused kernels are written in Triton")
 
-from bench.bounds import ALL, factor, make, nearest_excess
+from bench.bounds import ALL, make, nearest_excess
 from bench.truth import Errors, Problem, forward, gradients, matmul_in
 from softvq.kernels import fused, tuning
 from softvq.kernels.code_sums import code_sums
@@ -144,7 +144,9 @@ def assert_near_float64(draw_problem: Callable[[], Problem]) -> None:
             error = errors.setdefault(name, Errors(floor=1.0 if name == "entropy" else 0.0))
             error.add(ours[name], plain[name], truth)
     for name, error in errors.items():
-        error.assert_no_worse(factor(name), name)
+        # What a matrix unit cuts off does not cancel over rows, as what is rounded does.
+        over_rows = name.startswith("grad") or name == "usage"
+        error.assert_no_worse(3 if over_rows else 2, name)
 
 
 @pytest.mark.parametrize("codes", [1000, 8192])

@@ -116,6 +116,7 @@ def test_another_thread_waits_for_the_setting(set_precision, torchs, first):
     set_precision(torchs)
     before, seen = SETTING.fp32_precision, []
     second = "medium" if first == "highest" else "highest"
+    allowed = {"highest": {"ieee", "none"}, "medium": REDUCED["medium"] - {"ieee"}}
 
     def multiply() -> None:
         seen.append(torch_precision(device))
@@ -124,12 +125,12 @@ def test_another_thread_waits_for_the_setting(set_precision, torchs, first):
 
     other = threading.Thread(target=multiply)
     with float32_products(first, device):
-        inside = SETTING.fp32_precision
         other.start()
         other.join(0.2)
-        assert SETTING.fp32_precision == inside and not seen
+        assert SETTING.fp32_precision in allowed[first] and not seen
     other.join()
-    assert seen[0] == torchs and seen[1] != inside and SETTING.fp32_precision == before
+    assert seen[0] == torchs and seen[1] in allowed[second]
+    assert SETTING.fp32_precision == before
 
 
 @pytest.mark.parametrize("backend", ["streaming", "reference", TRITON])
