@@ -176,13 +176,6 @@ class PixelCNN(nn.Module):
         if (condition is None) != (self.condition is None):
             wants = "needs" if condition is None else "takes no"
             raise ValueError(f"this prior {wants} condition")
-        if self.condition is not None:
-            check_dtype(torch.int64, condition=condition)
-            if condition.dim() != 3 or len(condition) != shape[0]:
-                raise ValueError(
-                    f"condition must be ({shape[0]}, h', w'), got {tuple(condition.shape)}"
-                )
-            check_range(0, self.condition.embedding.num_embeddings, condition=condition)
         context = None
         if self.classes is not None:
             if labels is None:
@@ -190,6 +183,11 @@ class PixelCNN(nn.Module):
             check_labels(labels, -1, self.classes.num_embeddings - 1, shape[0])
             context = self.classes(labels + 1)[:, :, None, None]
         if self.condition is not None:
+            check_dtype(torch.int64, condition=condition)
+            if condition.dim() != 3 or len(condition) != shape[0]:
+                got = tuple(condition.shape)
+                raise ValueError(f"condition must be ({shape[0]}, h', w'), got {got}")
+            check_range(0, self.condition.embedding.num_embeddings, condition=condition)
             features = self.condition(condition, shape[1:])
             context = features if context is None else context + features
         return context
