@@ -15,8 +15,15 @@ import torch
 import softvq
 from softvq.data import DATASETS, DataError
 from softvq.training.advice import is_out_of_memory
-from softvq.training.codes import SPLITS
-from softvq.training.commands import decode, encode, evaluate_run, reconstruct, sample
+from softvq.training.codes import PICTURES, SPLITS
+from softvq.training.commands import (
+    decode,
+    encode,
+    encode_pictures,
+    evaluate_run,
+    reconstruct,
+    sample,
+)
 from softvq.training.config import TrainConfig, read_config
 from softvq.training.families import MODELS
 from softvq.training.guards import TrainingError
@@ -44,7 +51,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the one line and exit."""
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        line = "\\n".join(message.splitlines())  # a file's name may have several
+        print(f"{self.prog}: error: {line}", file=sys.stderr)
         sys.exit(2)
 
     def parse_args(  # type: ignore[override]
@@ -138,12 +146,16 @@ def build_parser() -> argparse.ArgumentParser:
     out = Path("reconstructions")
     pictures.add_argument("-o", "--out", type=Path, default=out, help=f"folder; default: {out}")
     encoding = add_of_run("encode", "turn the images of all splits into codes", encode_command)
+    encoding.add_argument(
+        "images", type=Path, nargs="*", help="instead: picture files or folders of them"
+    )
     encoding.add_argument("--data", choices=DATASETS, help="default: the run's own data")
     encoding.add_argument("--data-dir", type=Path, help="where they are; default: as trained")
     encoding.add_argument("-o", "--out", type=Path, required=True, help="codes.npz")
     decoding = add_of_run("decode", "turn codes back into images", decode_command)
     decoding.add_argument("codes", type=Path, help="codes.npz of `softvq encode`")
-    decoding.add_argument("--split", choices=SPLITS, default="test", help="default: test")
+    splits = (*SPLITS, PICTURES)
+    decoding.add_argument("--split", choices=splits, default="test", help="default: test")
     decoding.add_argument("-o", "--out", type=Path, required=True, help="folder for the pictures")
     sampling = add_of_run("sample", "draw images that are in no data set", sample_command)
     sampling.add_argument("--prior", type=Path, help="run of a pixelcnn, for a model with codes")
@@ -240,7 +252,13 @@ def reconstruct_command(options: argparse.Namespace) -> int:
 
 def encode_command(options: argparse.Namespace) -> int:
     """softvq encode."""
-    print(encode(RunFolder(options.run), options.data, options.data_dir, options.out))
+    run, out = RunFolder(options.run), options.out
+    if not options.images:
+        print(encode(run, options.data, options.data_dir, out))
+    elif given := options.data or options.data_dir:
+        raise ConfigError(f"data: {given} does not go with images that are named one by one")
+    else:
+        print(encode_pictures(run, options.images, out))
     return 0
 
 

@@ -60,8 +60,14 @@ def test_a_model_file_of_something_else(run, capsys):
         (("reconstruct", "RUN", "9x8"), "9x8/0.png: 8x9 pixels, expected 8x8"),
         (("reconstruct", "RUN", "8x8", "-o", "text.png"), "text.png: File exists"),
         (("encode", "RUN"), "the following arguments are required: -o/--out"),
-        (("encode", "RUN", "-o", "text.png/codes.npz"), "text.png/codes.npz: Not a directory"),
-        (("encode", "RUN", "-o", "gone/codes.npz"), "gone/codes.npz: No such file"),
+        (("encode", "RUN", "-o", "text.png/codes.npz"), "text.png: File exists"),
+        (("encode", "RUN", "gone.png", "-o", "codes.npz"), "gone.png: no such picture or folder"),
+        (("encode", "RUN", "9x8", "-o", "codes.npz"), "9x8/0.png: 8x9 pixels, expected 8x8"),
+        (("encode", "RUN", "two\nlines.png", "-o", "codes.npz"), "two\\nlines.png: no such"),
+        (
+            ("encode", "RUN", "8x8", "--data", "digits", "-o", "codes.npz"),
+            "data: digits does not go with images that are named one by one",
+        ),
         (
             ("encode", "RUN", "--data", "folder", "--data-dir", "9x8", "-o", "codes.npz"),
             "folder: images of shape (1, 8, 9), but the model is for (1, 8, 8)",
@@ -116,7 +122,7 @@ def test_the_other_commands_refuse(arguments, message, run, tmp_path, capsys):
             "temperature: 0.0 is not allowed; it must be from 1e-10 to 1e10",
         ),
         (("sample", "{vae}"), "the following arguments are required: -o/--out"),
-        (("sample", "{vae}", "-o", "gone/d.png"), "gone/d.png: No such file or directory"),
+        (("sample", "{vae}", "-o", "d.jpg"), "out: d.jpg is not allowed; it must end in .png"),
         (
             ("reconstruct", "{cvae}", "d.png"),
             "{cvae}: a cvae needs the class of each image; it cannot",

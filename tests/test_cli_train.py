@@ -39,7 +39,7 @@ def files(folder):
         (("--data", "folder", "--data-dir", "gone"), "gone: no such folder"),
         (
             ("--data-dir", "pictures"),
-            "data_dir: pictures does not apply to data digits, which have no folder; give --data ",
+            "data_dir: pictures does not apply to data digits, which have no folder; for one of ",
         ),
         (("--config", "gone.toml"), "gone.toml: cannot read the configuration"),
         (("--resume",), "--resume needs the run folder: --out RUN"),

@@ -68,7 +68,9 @@ def load_data(
     source = _read(name, data_dir, download, image_size, reading)
     train, validation = source.train, source.validation
     if validation is None:
-        advice = "give more, or train with another --validation-fraction"
+        advice = "give more"
+        if len(train) > 1:
+            advice += ", or train with another --validation-fraction"
         train, validation = split_off(train, validation_fraction, seed, "validation", advice)
     parts = (train, validation, source.test)
     digest = fingerprint(parts, source.class_names)

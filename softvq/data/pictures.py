@@ -1,6 +1,7 @@
 """Picture files: finding and decoding them."""
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,7 +134,9 @@ def size_text(image: Tensor) -> str:
 def explained() -> Iterator[None]:
     """Turn whatever goes wrong with a picture into an UnreadableError."""
     try:
-        yield
+        with warnings.catch_warnings():  # large pictures are allowed, huge ones an error of Pillow
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
     except UnreadableError:
         raise
     except UnidentifiedImageError as error:

@@ -45,7 +45,7 @@ def check_combinations(settings: Any) -> None:
     if settings.data == "digits" and settings.data_dir is not None:
         raise ConfigError(
             f"data_dir: {settings.data_dir} does not apply to data digits, which have no folder; "
-            "give --data too, such as --data folder for a folder of pictures"
+            "for one of pictures the data are folder"
         )
     check_idle(settings, "data", ("folder",), *OF_FOLDERS)
     check_idle(settings, "architecture", ("dense",), "hidden")

@@ -35,8 +35,7 @@ def build_data(config: TrainConfig, watch: Watch = unwatched) -> DataSplits:
     cuda = config.device != "cpu" and torch.cuda.is_available()
     memory = machine.memory(torch.device("cuda" if cuda else "cpu"))
     limits = {"on": -1, "auto": STREAM_ABOVE * memory, "off": math.inf}
-    workers = min(MOST_WORKERS, machine.cores()) if config.workers is None else config.workers
-    skip = config.on_bad_image == "skip"
+    skip, workers = config.on_bad_image == "skip", worker_count(config)
     return load_data(
         config.data,
         config.data_dir,
@@ -45,6 +44,11 @@ def build_data(config: TrainConfig, watch: Watch = unwatched) -> DataSplits:
         image_size=config.image_size_pair,
         reading=Reading(limits[config.stream], workers, skip, warn, leads=is_first(), watch=watch),
     )
+
+
+def worker_count(config: TrainConfig) -> int:
+    """How many processes decode pictures."""
+    return min(MOST_WORKERS, machine.cores()) if config.workers is None else config.workers
 
 
 def build_model(config: TrainConfig, shape: Mapping[str, Any]) -> nn.Module:

@@ -2,7 +2,7 @@
 
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softvq.data import DataError, DataSplits
+from softvq.data import Batch, DataError, DataSplits
 from softvq.models import LEVEL, CodeLevel, ImageModel
 from softvq.training.evaluation import batch_size, to_pixels
 from softvq.training.families import CONTINUOUS, PRIOR
@@ -19,6 +19,7 @@ from softvq.training.files import replacing
 from softvq.training.run_folder import RunError, RunFolder
 
 SPLITS = ("train", "validation", "test")
+PICTURES = "pictures"  # that are in no data set
 
 
 # Comparing tensors gives no single bool, so sets compare by identity (eq=False).
@@ -63,20 +64,27 @@ def load_tokenizer(run: RunFolder, device: torch.device) -> ImageModel:
     return run.load_model(device)
 
 
-@torch.no_grad()
 def encode_splits(model: ImageModel, data: DataSplits, device: torch.device) -> CodeSplits:
-    """The nearest codes of every image; grey ones become colour where the model needs it."""
-    sets, size = [], batch_size(data.image_shape)
-    for split in data[:3]:
-        batches = []
-        for images, labels in split.load(torch.arange(len(split)).split(size), device):
-            pixels = to_pixels(images, device).expand(-1, model.image_shape[0], -1, -1)
-            codes = model.encode_indices(pixels)
-            codes = {name: grid.int().cpu() for name, grid in codes.items()}
-            batches.append((codes, labels.cpu()))
-        codes = {name: torch.cat([b[name] for b, _ in batches]) for name in model.levels}
-        sets.append(CodeSet(codes, torch.cat([labels for _, labels in batches])))
+    """The nearest codes of every image."""
+    size = batch_size(data.image_shape)
+    sets = [
+        encode_images(model, split.load(torch.arange(len(split)).split(size), device), device)
+        for split in data[:3]
+    ]
     return CodeSplits(*sets, model.levels, data.class_names)
+
+
+@torch.no_grad()
+def encode_images(model: ImageModel, batches: Iterable[Batch], device: torch.device) -> CodeSet:
+    """The nearest codes, on the CPU; of grey images in colour where the model needs it."""
+    codes: dict[str, list[Tensor]] = {name: [] for name in model.levels}
+    labels = []
+    for batch in batches:
+        pixels = to_pixels(batch.images, device).expand(-1, model.image_shape[0], -1, -1)
+        for name, grid in model.encode_indices(pixels).items():
+            codes[name].append(grid.int().cpu())
+        labels.append(batch.labels.cpu())
+    return CodeSet({name: torch.cat(grids) for name, grids in codes.items()}, torch.cat(labels))
 
 
 def array_name(split: str, level: str) -> str:
@@ -84,18 +92,23 @@ def array_name(split: str, level: str) -> str:
     return split if level == LEVEL else f"{split}_{level}"
 
 
-def write_codes(path: Path, splits: CodeSplits, model: str) -> None:
-    """Write codes to an .npz file.
+def write_codes(
+    path: Path,
+    sets: Mapping[str, CodeSet],
+    model: ImageModel,
+    fingerprint: str,
+    **names: Sequence[str],
+) -> None:
+    """Write codes to an .npz file; docs/training.md says what it holds.
 
-    It holds for each split NAME the arrays NAME, the nearest codes (N, h, w) int32 (of a model of
-    two levels NAME_top and NAME_bottom), and NAME_labels (N,) int64; codebook_size; and model, the
-    fingerprint of the run whose codes they are.
+    sets: by split. fingerprint: of the run. names: arrays of text.
     """
-    sizes = {level.codebook_size for level in splits.levels.values()}
-    arrays = {"codebook_size": np.array(max(sizes)), "model": np.array(model)}
-    for split, held in zip(SPLITS, splits[:3], strict=True):
-        for level, codes in held.codes.items():
-            arrays[array_name(split, level)] = codes.numpy()
+    size = max(level.codebook_size for level in model.levels.values())
+    arrays = {"model": np.array(fingerprint), "codebook_size": np.array(size)}
+    arrays |= {name: np.array(texts, dtype=str) for name, texts in names.items()}
+    for split, held in sets.items():
+        for level, grid in held.codes.items():
+            arrays[array_name(split, level)] = grid.numpy()
         arrays[f"{split}_labels"] = held.labels.numpy()
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
@@ -113,11 +126,14 @@ def read_codes(
         name = array_name(split, level)
         try:
             with np.load(path, allow_pickle=False) as file:
+                if name not in file:
+                    others = ", ".join(n for n in file if file[n].ndim == 3)
+                    raise DataError(
+                        f"{path}: holds no codes named {name!r}, but {others or 'none'}"
+                    )
                 indices = torch.from_numpy(file[name].astype(np.int64, casting="safe"))
                 if str(file.get("model", model)) != model:
                     raise DataError(f"{path}: codes of another model, or from before it changed")
-        except KeyError:
-            raise DataError(f"{path}: holds no codes named {name!r}") from None
         # An empty file, an array without names, numbers that are no integers, a broken archive.
         except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(f"{path}: cannot read codes ({error})") from error

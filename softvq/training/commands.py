@@ -4,17 +4,23 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from softvq.data import DataError, find_images, load_images
+from softvq.data import Batch, DataError, find_images, load_images
+from softvq.data.streamed import CHUNK
+from softvq.data.workers import in_workers
 from softvq.models import Autoencoder, CodePrior
 from softvq.training.allowed import OF_FOLDERS, is_temperature
-from softvq.training.build import build_data
+from softvq.training.build import build_data, worker_count
 from softvq.training.codes import (
+    PICTURES,
+    SPLITS,
     check_prior,
+    encode_images,
     encode_splits,
     load_tokenizer,
     read_codes,
@@ -79,16 +85,21 @@ def reconstruct(run: RunFolder, sources: Sequence[Path], out: Path) -> list[Path
         needs = "codes, not images" if config.model in PRIOR else "the class of each image"
         raise RunError(f"{run.path}: a {config.model} needs {needs}; it cannot reconstruct files")
     model = run.load_model(device)
-    for source in sources:
-        if not source.exists():
-            raise DataError(f"{source}: no such picture or folder")
-    paths = [p for s in sources for p in (find_images(s) if s.is_dir() else [s])]
+    paths = _pictures(sources)
     images = load_images(paths, model.image_shape, fitted=config.image_size is not None)
     names = [f"reconstructions-{n}.png" for n in range(-(-len(images) // PER_ROW))]
     pages = _to_write(out, names, "reconstructions-*.png")
     for page, batch in zip(pages, images.split(PER_ROW), strict=True):
         save_rows(page, reconstruction_rows(model, to_pixels(batch, device), None))
     return pages
+
+
+def _pictures(sources: Sequence[Path]) -> list[Path]:
+    """The picture files, and those in the folders. Raises DataError where there are none."""
+    for source in sources:
+        if not source.exists():
+            raise DataError(f"{source}: no such picture or folder")
+    return [p for s in sources for p in (find_images(s) if s.is_dir() else [s])]
 
 
 def _to_write(folder: Path, names: list[str], like: str) -> list[Path]:
@@ -103,25 +114,44 @@ def _to_write(folder: Path, names: list[str], like: str) -> list[Path]:
 
 
 def encode(run: RunFolder, data: str | None, data_dir: Path | None, out: Path) -> Path:
-    """Write the codes of every split to `out`, as `write_codes` does."""
+    """Write the codes of every split of the data to `out`, with labels and names of classes."""
     device = torch_device()
     model = load_tokenizer(run, device)
-    config = run.read_config()
     check_place(out)
     changes = {} if data is None else {"data": data, "data_dir": None, **dict.fromkeys(OF_FOLDERS)}
     changes |= {} if data_dir is None else {"data_dir": data_dir}
+    config = dataclasses.replace(run.read_config(), **changes)
     with images_of(run) if data is None else nullcontext():
-        splits = build_data(dataclasses.replace(config, **changes))
+        images = build_data(config)
         if data is None:
-            check_data(run, model, splits)
-        channels, *size = splits.image_shape
+            check_data(run, model, images)
+        channels, *size = images.image_shape
         if size != list(model.image_shape[1:]) or channels > model.image_shape[0]:
             raise DataError(
-                f"{data or config.data}: images of shape {splits.image_shape}, but the model is "
+                f"{config.data}: images of shape {images.image_shape}, but the model is "
                 f"for {model.image_shape}"
             )
-        codes = encode_splits(model, splits, device)
-    write_codes(out, codes, run.fingerprint())
+        splits = encode_splits(model, images, device)
+    sets = dict(zip(SPLITS, splits[:3], strict=True))
+    write_codes(out, sets, model, run.fingerprint(), class_names=splits.class_names)
+    return out
+
+
+def encode_pictures(run: RunFolder, sources: Sequence[Path], out: Path) -> Path:
+    """Write the codes of picture files to `out`, with the names of the files.
+
+    They are brought to one size where those of the training were.
+    """
+    config, device = run.read_config(), torch_device()
+    model = load_tokenizer(run, device)
+    paths = _pictures(sources)
+    check_place(out)
+    read = partial(load_images, shape=model.image_shape, fitted=config.image_size is not None)
+    chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
+    images = in_workers(read, chunks, worker_count(config))
+    batches = (Batch(some, torch.full([len(some)], -1)) for some in images)
+    sets = {PICTURES: encode_images(model, batches, device)}
+    write_codes(out, sets, model, run.fingerprint(), files=[str(path) for path in paths])
     return out
 
 
@@ -164,6 +194,8 @@ def sample(
         raise ConfigError(
             f"temperature: {temperature} is not allowed; it must be from 1e-10 to 1e10"
         )
+    if out.suffix.lower() != ".png":
+        raise ConfigError(f"out: {out} is not allowed; it must end in .png")
     if not 0 <= seed < 2**32:
         raise ConfigError(f"seed: {seed} is not allowed; it must be from 0 to 2^32 − 1")
     device = torch_device()

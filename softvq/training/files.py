@@ -9,7 +9,11 @@ from pathlib import Path
 
 
 def check_place(path: Path) -> None:
-    """Raise OSError, before long work that is to end in a file, where it cannot be written."""
+    """Make the folder of a file that long work is to end in.
+
+    Raises OSError where the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     with _beside(path) as temporary:
         temporary.touch()
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -220,6 +221,21 @@ def test_too_few_images_for_a_split(tmp_path, count, message):
         save(tmp_path / f"{number}.png")
     with pytest.raises(DataError, match=message.format(tmp_path)):
         load_data("folder", tmp_path)
+
+
+def test_one_picture_is_not_advised_another_fraction(tmp_path):
+    for split in ("train", "test"):
+        save(tmp_path / split / "only.png")
+    with pytest.raises(DataError, match=r"from 1 image.*give more$"):
+        load_data("folder", tmp_path)
+
+
+def test_a_large_picture_is_read_without_a_warning(tmp_path, monkeypatch):
+    path = save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6 * 4 - 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_images([path], (1, 4, 6))
 
 
 def test_load_images_converts_channels_and_keeps_order(tmp_path):

@@ -10,14 +10,23 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from softvq.cli import main
 from softvq.data import DataError, load_data
 from softvq.models import LEVEL, CodeLevel
 from softvq.training import commands
-from softvq.training.codes import SPLITS, read_codes
-from softvq.training.commands import decode, encode, evaluate_run, reconstruct, sample
+from softvq.training.codes import SPLITS, array_name, read_codes
+from softvq.training.commands import (
+    decode,
+    encode,
+    encode_pictures,
+    evaluate_run,
+    reconstruct,
+    sample,
+)
 from softvq.training.config import TrainConfig
 from softvq.training.run_folder import RunError, RunFolder
 from softvq.training.trainer import train
+from tests.pictures import plain
 from tests.runs import metrics_of
 
 
@@ -76,9 +85,10 @@ def test_encode_and_decode_go_round(copy_of, model, suffixes, tmp_path):
     grids = {"": (2, 2), "_top": (1, 1), "_bottom": (2, 2)}
     with np.load(codes) as file:
         names = {f"{split}{suffix}" for split in SPLITS for suffix in suffixes.values()}
-        names |= {*(f"{split}_labels" for split in SPLITS), "codebook_size", "model"}
+        names |= {*(f"{split}_labels" for split in SPLITS), "codebook_size", "model", "class_names"}
         assert names == set(file)
         assert file["codebook_size"] == 8 and file["model"] == run.fingerprint()
+        assert file["class_names"].tolist() == [str(digit) for digit in range(10)]
         for split in SPLITS:
             images = getattr(data, split)
             for suffix in suffixes.values():
@@ -106,8 +116,53 @@ def test_encode_and_decode_go_round(copy_of, model, suffixes, tmp_path):
         assert difference.max() <= 1 and difference.mean() < 0.1
 
 
+@pytest.mark.parametrize("model", ["soft-vqvae", "vqvae2"])
+def test_pictures_are_encoded_as_the_images_of_a_data_set_are(
+    copy_of, model, tmp_path, monkeypatch
+):
+    run, images = copy_of(model), load_data("digits").test.images[:5]
+    monkeypatch.setattr(commands, "CHUNK", 2)
+    plain(tmp_path / "some", [(8, 8)] * 5)
+    paths = [*sorted((tmp_path / "some").iterdir()), tmp_path / "colour.png"]
+    for path, image in zip(paths, images[[*range(5), 0]], strict=True):
+        mode = "RGB" if path.name == "colour.png" else "L"
+        Image.fromarray(image[0].numpy()).convert(mode).save(path)
+
+    sources, codes = [tmp_path / "some", paths[-1]], tmp_path / "new" / "codes.npz"
+    assert main(["encode", *map(str, [run.path, *sources, "-o", codes])]) == 0
+    with np.load(codes) as file:
+        assert file["files"].tolist() == [str(path) for path in paths]
+        assert file["pictures_labels"].tolist() == [-1] * 6 and "class_names" not in file
+        held = {name: file[name] for name in file if file[name].ndim == 3}
+    with torch.no_grad():
+        encoded = run.load_model(torch.device("cpu")).encode_indices(images / 255)
+    assert held.keys() == {array_name("pictures", level) for level in encoded}
+    for level, indices in encoded.items():
+        wanted = torch.cat([indices, indices[:1]]).numpy()
+        assert np.array_equal(held[array_name("pictures", level)], wanted)
+    assert len(list(decode(run, codes, "pictures", tmp_path / "decoded").iterdir())) == 6
+
+
+def test_pictures_are_fitted_where_those_of_the_training_were(tmp_path):
+    plain(tmp_path / "pictures", [(12, 10)] * 10)
+    config = TrainConfig(
+        model="vqvae",
+        data="folder",
+        data_dir=tmp_path / "pictures",
+        image_size="8x8",
+        codebook_size=4,
+        batch_size=4,
+        steps=1,
+        device="cpu",
+    )
+    run = RunFolder(tmp_path / "run")
+    assert train(config, run.path, quiet=True)
+    with np.load(encode_pictures(run, [tmp_path / "pictures"], tmp_path / "codes.npz")) as file:
+        assert len(file["pictures"]) == 10
+
+
 def test_a_file_without_one_of_the_levels(copy_of, run, codes, tmp_path):
-    with pytest.raises(DataError, match=r"codes\.npz: holds no codes named 'test_top'"):
+    with pytest.raises(DataError, match=r"holds no codes named 'test_top', but .*test"):
         decode(copy_of("vqvae2"), codes, "test", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -328,15 +383,17 @@ def test_a_configuration_without_what_followed_from_the_images(run):
     assert evaluate_run(run, "test") == before
 
 
-@pytest.mark.parametrize("place", ["gone/codes.npz", "."])
+@pytest.mark.parametrize("place", ["file/codes.png", "folder.png"])
 def test_a_place_that_cannot_be_written_is_known_before_the_work(
     tiny_runs, tmp_path, monkeypatch, place
 ):
     for work in ("build_data", "sampled_rows"):
         monkeypatch.setattr(commands, work, lambda *_: pytest.fail("began"))
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
     out = tmp_path / place
-    with pytest.raises(OSError, match=str(out)):
+    with pytest.raises(OSError, match=str(tmp_path)):
         encode(RunFolder(tiny_runs("vqvae")), None, None, out)
-    with pytest.raises(OSError, match=str(out)):
+    with pytest.raises(OSError, match=str(tmp_path)):
         sample(RunFolder(tiny_runs("vae")), None, 2, None, temperature=None, seed=0, out=out)
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.rglob("*")} == {"file", "folder.png"}

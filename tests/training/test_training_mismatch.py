@@ -55,7 +55,8 @@ def test_a_seed_that_no_generator_takes_is_one_line(tiny_runs, tmp_path, capsys)
 
 def test_a_folder_as_the_picture_is_one_line(tiny_runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert refused(capsys, "sample", tiny_runs("vae"), "-o", ".") == ".: Is a directory"
+    (tmp_path / "d.png").mkdir()
+    assert refused(capsys, "sample", tiny_runs("vae"), "-o", "d.png") == "d.png: Is a directory"
 
 
 def test_a_gumbel_run_cannot_learn_its_temperature_and_says_so(capsys):
