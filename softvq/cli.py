@@ -255,10 +255,11 @@ def encode_command(options: argparse.Namespace) -> int:
     run, out = RunFolder(options.run), options.out
     if not options.images:
         print(encode(run, options.data, options.data_dir, out))
-    elif given := options.data or options.data_dir:
-        raise ConfigError(f"data: {given} does not go with images that are named one by one")
-    else:
-        print(encode_pictures(run, options.images, out))
+        return 0
+    for name in ("data", "data_dir"):
+        if value := getattr(options, name):
+            raise ConfigError(f"{name}: {value} does not go with images that are named one by one")
+    print(encode_pictures(run, options.images, out))
     return 0
 
 

@@ -69,6 +69,10 @@ def test_a_model_file_of_something_else(run, capsys):
             "data: digits does not go with images that are named one by one",
         ),
         (
+            ("encode", "RUN", "8x8", "--data-dir", "9x8", "-o", "codes.npz"),
+            "data_dir: 9x8 does not go with images that are named one by one",
+        ),
+        (
             ("encode", "RUN", "--data", "folder", "--data-dir", "9x8", "-o", "codes.npz"),
             "folder: images of shape (1, 8, 9), but the model is for (1, 8, 8)",
         ),
