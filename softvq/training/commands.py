@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from softvq.data import Batch, DataError, find_images, load_images
-from softvq.data.streamed import CHUNK
 from softvq.data.workers import in_workers
 from softvq.models import Autoencoder, CodePrior
 from softvq.training.allowed import OF_FOLDERS, is_temperature
@@ -146,9 +145,10 @@ def encode_pictures(run: RunFolder, sources: Sequence[Path], out: Path) -> Path:
     model = load_tokenizer(run, device)
     paths = _pictures(sources)
     check_place(out)
+    size = batch_size(model.image_shape)
+    parts = [paths[start : start + size] for start in range(0, len(paths), size)]
     read = partial(load_images, shape=model.image_shape, fitted=config.image_size is not None)
-    chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
-    images = in_workers(read, chunks, worker_count(config))
+    images = in_workers(read, parts, worker_count(config))
     batches = (Batch(some, torch.full([len(some)], -1)) for some in images)
     sets = {PICTURES: encode_images(model, batches, device)}
     write_codes(out, sets, model, run.fingerprint(), files=[str(path) for path in paths])
