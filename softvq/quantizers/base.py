@@ -51,6 +51,8 @@ class Quantizer(KeepsFloat32):
         TypeError, ValueError: an option that is not allowed.
     """
 
+    codes_name = "codebook_parameter"  # of the tensor (codebooks, K, D) that holds the codes
+
     def __init__(
         self,
         dim: int,
@@ -98,6 +100,7 @@ class Quantizer(KeepsFloat32):
         # 0 or 1, and not a bool, for averages of models subtract their buffers.
         self.register_buffer("initialised", torch.tensor(float(not kmeans_init)))
         self._is_initialised = not kmeans_init  # known to be, without waiting for a GPU
+        self.register_load_state_dict_pre_hook(_take_codes_as_placed)
         self.register_load_state_dict_post_hook(_read_initialised)
 
     def extra_repr(self) -> str:
@@ -112,8 +115,8 @@ class Quantizer(KeepsFloat32):
 
     @property
     def _stored_codes(self) -> Tensor:
-        """The tensor (codebooks, K, D) that holds the codes."""
-        return self.codebook_parameter
+        """The codes (codebooks, K, D), as they are stored."""
+        return getattr(self, self.codes_name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "codebook":
@@ -295,7 +298,13 @@ class Quantizer(KeepsFloat32):
             raise ValueError(f"x must be {layout} with dim = {self.dim}, got {tuple(x.shape)}")
 
 
+def _take_codes_as_placed(quantizer: Quantizer, state: dict, prefix: str, *_: object) -> None:
+    """k-means leaves the codes of a checkpoint that does not say whether they have been placed."""
+    if prefix + quantizer.codes_name in state:
+        state.setdefault(prefix + "initialised", torch.ones(()))
+
+
 def _read_initialised(quantizer: Quantizer, _: object) -> None:
     """After a checkpoint was loaded: whether its codes have been placed."""
-    if not quantizer.initialised.is_meta:  # it was not in the checkpoint
+    if not quantizer.initialised.is_meta:  # no codes were in the checkpoint
         quantizer._is_initialised = bool(quantizer.initialised)

@@ -56,6 +56,7 @@ class EMAVQ(Quantizer):
     """
 
     in_float32 = ("means", "counts")
+    codes_name = "means"
 
     def __init__(
         self,
@@ -89,10 +90,6 @@ class EMAVQ(Quantizer):
         start = 1.0 if threshold_ema_dead_code <= 1 else GRACE * threshold_ema_dead_code
         counts = torch.full((self.codebooks, codebook_size), start, dtype=precise_dtype())
         self.register_buffer("counts", counts)
-
-    @property
-    def _stored_codes(self) -> Tensor:
-        return self.means
 
     @property
     def smoothed_counts(self) -> Tensor:

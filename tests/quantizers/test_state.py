@@ -27,11 +27,24 @@ def test_a_module_without_memory_takes_a_checkpoint_and_moves(kind, options):
 @each
 def test_a_module_without_memory_takes_a_part_of_a_checkpoint(kind):
     state = kind(DIM, CODES).state_dict()
-    del state["initialised"]
+    del state[kind.codes_name], state["initialised"]
     with torch.device("meta"):
         vq = kind(DIM, CODES)
     vq.load_state_dict(state, assign=True, strict=False)
-    assert vq.initialised.is_meta and not vq.codebook.is_meta
+    assert vq.initialised.is_meta and vq.codebook.is_meta
+
+
+@each
+@pytest.mark.parametrize("strict", [True, False])
+def test_kmeans_leaves_a_checkpoint_that_does_not_say_that_codes_are_placed(kind, strict):
+    """Another library's, renamed: it has codes and no such buffer."""
+    model = torch.nn.ModuleList([kind(DIM, CODES, kmeans_init=True)])
+    state = model.state_dict()
+    del state["0.initialised"]
+    model.load_state_dict(state, strict=strict)
+    assert "0.initialised" not in state
+    model[0](50 + torch.randn(40, DIM))
+    assert model[0].initialised and model[0].codebook.max() < 40
 
 
 @each
