@@ -11,8 +11,9 @@ from typing import Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from softvq.checks import check_choice
+from softvq.checks import check_choice, check_counts, check_decay
 from softvq.distributed.collectives import from_first_replica, mean_over_replicas
+from softvq.kernels.products import without_autocast
 from softvq.precise import KeepsFloat32, precise_dtype
 
 Schedule = Literal["constant", "exponential", "cosine", "learned"]
@@ -45,29 +46,33 @@ class CriticalTemperature(KeepsFloat32):
     The mean and the covariance of z are running averages over batches; while fewer than
     1/(1 − decay) batches were seen, they are plain averages. A batch is that of all replicas of a
     data-parallel run, each with the same number of rows; one without rows, or with numbers that are
-    not finite, is left out.
+    not finite, is left out. Raises TypeError or ValueError for a dim or decay that is not allowed.
     """
 
     in_float32 = ("mean", "covariance")
 
     def __init__(self, dim: int, decay: float = 0.98):
         super().__init__()
+        check_counts(1, dim=dim)
+        check_decay(decay)
         self.decay = decay
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
         self.register_buffer("mean", torch.zeros(dim, dtype=precise_dtype()))
         self.register_buffer("covariance", torch.zeros(dim, dim, dtype=precise_dtype()))
 
     @torch.no_grad()
-    def update(self, z: Tensor) -> None:
+    def update(self, latents: Tensor) -> None:
         """Take in a batch of latents (..., D). Raises ValueError for another D."""
-        if z.shape[-1:] != self.mean.shape:
+        if latents.shape[-1:] != self.mean.shape:
             raise ValueError(
-                f"latents must be (..., D) with D = {len(self.mean)}, got {tuple(z.shape)}"
+                f"latents must be (..., D) with D = {len(self.mean)}, got {tuple(latents.shape)}"
             )
-        rows = z.detach().reshape(-1, z.shape[-1]).to(self.mean.dtype)
+        rows = latents.detach().reshape(-1, latents.shape[-1]).to(self.mean.dtype)
         batch_mean = mean_over_replicas(rows.mean(0))
         shift, centred = batch_mean - self.mean, rows - batch_mean
-        batch_covariance = mean_over_replicas(centred.T @ centred / len(rows))
+        with without_autocast(rows.device.type):  # sums of squares leave float16's range
+            products = centred.T @ centred
+        batch_covariance = mean_over_replicas(products / len(rows))
         finite = batch_covariance.isfinite().all()
         self.batches += finite
         weight = (1 / self.batches).clamp(min=1 - self.decay)

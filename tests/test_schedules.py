@@ -60,6 +60,13 @@ def test_critical_temperature_of_batches_is_that_of_their_union():
         torch.testing.assert_close(critical.value().double(), wanted, rtol=1e-4, atol=0)
 
 
+def test_critical_temperature_is_exact_under_autocast():
+    batch, critical = 4 * torch.randn(8192, 4), CriticalTemperature(4)
+    with torch.autocast("cpu", torch.float16):
+        critical.update(batch)
+    torch.testing.assert_close(critical.value().double(), exact(batch), rtol=1e-4, atol=0)
+
+
 def test_critical_temperature_follows_latents_that_drift():
     critical = CriticalTemperature(4, decay=0.8)
     for _ in range(50):
@@ -77,7 +84,19 @@ def test_critical_temperature_follows_latents_that_drift():
 )
 def test_critical_temperature_leaves_out_a_batch_that_has_none(bad, first):
     critical, batch = CriticalTemperature(4), torch.randn(20, 4)
-    for z in (bad, batch) if first else (batch, bad):
-        critical.update(z)
+    for latents in (bad, batch) if first else (batch, bad):
+        critical.update(latents)
     torch.testing.assert_close(critical.value().double(), exact(batch), rtol=1e-4, atol=0)
     assert critical.batches == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dim": 0}, "dim must be at least 1, got 0"),
+        ({"dim": 4, "decay": 1.0}, "decay must be a number from 0 up, below 1, got 1.0"),
+    ],
+)
+def test_critical_temperature_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        CriticalTemperature(**options)
