@@ -39,10 +39,12 @@ def _register(signature: str, fake) -> None:
         z = inputs[0]
         precision = precision or torch_precision(z.device)
         products = nullcontext()  # the fused kernels have their own
+        if backend == "reference":
+            precision = "highest"  # the specification is exact
+        elif backend == "streaming" and z.dtype.itemsize == 2:
+            precision = "high"  # tf32 has their digits
         if backend != "triton":
-            # The specification is exact, and so is what is said of other latents than float32.
-            rounds = backend == "streaming" and z.dtype == torch.float32
-            products = float32_products(precision if rounds else "highest", z.device)
+            products = float32_products(precision, z.device)
         # Autocast would lower the products of plain PyTorch. And what differentiates them is not
         # here: an exported graph has only the forward.
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False), products:

@@ -51,6 +51,19 @@ def float32_products(precision: str, device: torch.device) -> Iterator[None]:
                 backend.matmul.fp32_precision = before
 
 
+def tf32_parts(x: Tensor, count: int) -> list[Tensor]:
+    """`count` float32 tensors of tf32's 11 bits each, the largest first, whose sum x nearly is.
+
+    A matrix unit that takes float32 for tf32 multiplies them as they are.
+    """
+    parts = []
+    for _ in range(count):
+        rounded = (x.view(torch.int32) + 2**12) & -(2**13)  # to the nearest
+        parts.append(rounded.view(torch.float32))
+        x = x - parts[-1]
+    return parts
+
+
 def _backend(device: torch.device):
     return torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
 

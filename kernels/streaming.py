@@ -4,127 +4,23 @@ Rows are independent, so a block of rows meets the whole codebook, leaves its ou
 forgotten. The backward repeats the block's softmax from z and C instead of loading it: nothing has
 to be saved, and the probabilities sum to one whatever rounding did in between.
 
-What makes it fast on a CPU: blocks that stay in the cache, in-place operations on reused buffers,
-exp2 with a floor under its argument (denormal results are 20 times slower), an arg-maximum in two
-levels (PyTorch's own is not vectorised), and both halves of dC in one matrix product.
+Every function takes a precision. Whatever it is, scores are as good as exact float32 products; the
+other products are as torch is set to multiply.
 """
-
-import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from softvq.kernels.centre import centre_of
+from softvq.kernels.block_softmax import LN_2, BlockSoftmax
 from softvq.kernels.dtypes import accumulation_dtype
 from softvq.kernels.products import float32_products
-
-BLOCK_ELEMENTS = 2**21  # rows × codes in one buffer: 8 MB of float32
-MIN_ROWS, MAX_ROWS = 32, 2048
-LOG2_E = math.log2(math.e)
-LN_2 = math.log(2)
-
-
-class BlockSoftmax:
-    """Softmax of blocks of latents over one centred codebook, in buffers that are reused.
-
-    After `run`, all in base 2 and relative to the row's best code:
-    ``scores`` (R, K) ≤ 0, ``weights`` = 2^scores, ``total`` (R, 1) = Σ_k weights.
-    """
-
-    def __init__(self, codebook: Tensor, dtype: torch.dtype, temperature: Tensor, rows: int):
-        codebook = codebook.to(dtype)
-        self.centre = centre_of(codebook)  # (1, D)
-        self.codebook = codebook - self.centre
-        # [c, −½‖c‖²], to be multiplied with [z, 1]: adding a bias would be a pass of its own.
-        self.affine = torch.cat([self.codebook, -0.5 * self.codebook.square().sum(1, True)], 1)
-        self.temperature = temperature
-        # Products of a weight and a gradient must not become denormal either.
-        self.floor = math.log2(torch.finfo(dtype).tiny) + 26
-        # Weights and score gradients lie one under the other: dC needs them as one matrix.
-        self._stacked = codebook.new_empty(2 * rows, len(codebook))
-        self._scores = codebook.new_empty(rows, len(codebook))
-
-    def match(self, latents: Tensor) -> None:
-        """Scores z·c − ½‖c‖² of centred latents (R, D)."""
-        self.rows = len(latents)
-        self.scores = self._scores[: self.rows]
-        # Rounded to bfloat16 or tf32, scores of hundreds would be off by what T may be.
-        with float32_products("highest", latents.device):
-            torch.mm(pad(latents, (0, 1), value=1), self.affine.T, out=self.scores)
-
-    def run(self, latents: Tensor) -> None:
-        """Scores, unnormalised weights and their sums of centred latents (R, D)."""
-        self.match(latents)
-        best = self.scores.amax(1, keepdim=True)
-        self.scores.sub_(best).mul_(2 * LOG2_E / self.temperature).clamp_(min=self.floor)
-        self.weights = torch.exp2(self.scores, out=self._stacked[: self.rows])
-        self.total = self.weights.sum(1, keepdim=True)
-
-    def indices(self) -> Tensor:
-        """Of the nearest codes, (R,), after `match` or `run`."""
-        return first_maximum(self.scores)
-
-    def probabilities(self) -> Tensor:
-        """Assignment probabilities (R, K), in place of the weights."""
-        return self.weights.div_(self.total)
-
-    def score_at(self, indices: Tensor, latents: Tensor) -> Tensor:
-        """−‖z−c‖²/T of one code a row, (R,): from the difference, ‖z‖² − 2z·c + ‖c‖² cancels."""
-        distance = (latents - self.codebook[indices]).square_().sum(1)
-        return -distance / self.temperature
-
-    def weighted_score(self, weights: Tensor) -> Tensor:
-        """Σ_k w_k s_k of scores relative to the best, (R,), natural units, for w (R, K).
-
-        The scores are gone then: no other matrix of this size is allocated in the loop.
-        """
-        return LN_2 * self.scores.mul_(weights).sum(1)
-
-    def score_gradients(self) -> Tensor:
-        """A buffer (R, K) that follows the weights in memory, its content undefined."""
-        return self._stacked[self.rows : 2 * self.rows]
-
-    def weights_and_gradients(self) -> Tensor:
-        """Both of them as one matrix (2R, K)."""
-        return self._stacked[: 2 * self.rows]
-
-
-def first_maximum(scores: Tensor) -> Tensor:
-    """The first index of the maximum of each row of (R, K)."""
-    rows, codes = scores.shape
-    width = max((w for w in range(32, 101, 4) if codes % w == 0), default=codes)
-    if width == codes:
-        return scores.argmax(1)
-    # `argmax` is slow, `amax` is not: find the group first, then look inside it.
-    groups = scores.view(rows, codes // width, width)
-    group = groups.amax(2).argmax(1)
-    within = groups[torch.arange(rows, device=scores.device), group].argmax(1)
-    return group * width + within
-
-
-def rows_per_block(rows: int, codes: int) -> int:
-    """How many rows are worked on at once, so that a block of scores stays in the cache."""
-    return min(rows, max(MIN_ROWS, min(MAX_ROWS, BLOCK_ELEMENTS // codes)))
-
-
-def blocks(rows: int, codes: int) -> Iterator[slice]:
-    """The rows of each block."""
-    step = rows_per_block(rows, codes) or 1
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
 
 
 def soft_forward(
     z: Tensor, codebook: Tensor, temperature: Tensor, precision: str = "highest"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-    """Quantized (H, N, D), indices (H, N), log-partition (H, N), entropy (H, N), nothing to save.
-
-    Whatever the precision, scores are exact; the other products are as torch is set to multiply.
-    """
+    """Quantized (H, N, D), indices, log-partition and entropy (H, N), nothing to save."""
     heads, rows, _ = z.shape
-    codes = codebook.shape[1]
     dtype = accumulation_dtype(z, codebook)
     temperature = temperature.to(dtype)
     quantized = z.new_empty(z.shape)
@@ -133,8 +29,8 @@ def soft_forward(
     entropy = torch.empty_like(log_partition)
 
     for h in range(heads):
-        softmax = BlockSoftmax(codebook[h], dtype, temperature, rows_per_block(rows, codes))
-        for block in blocks(rows, codes):
+        softmax = BlockSoftmax(codebook[h], dtype, temperature, rows, precision)
+        for block in softmax.blocks():
             latents = z[h, block].to(dtype) - softmax.centre
             softmax.run(latents)
             total = softmax.total[:, 0]
@@ -182,7 +78,7 @@ def soft_backward(
     grad_temperature = temperature.new_zeros(()) if needs_temperature else None
 
     for h in range(heads):
-        softmax = BlockSoftmax(codebook[h], dtype, temperature, rows_per_block(rows, codes))
+        softmax = BlockSoftmax(codebook[h], dtype, temperature, rows, precision)
         usage_bias = softmax.centre.new_zeros(codes)
         if grad_usage is not None:
             usage_bias = grad_usage[h].to(dtype) / rows
@@ -190,7 +86,7 @@ def soft_backward(
         sums = softmax.centre.new_zeros(dim, codes)
         column = softmax.centre.new_zeros(codes)
 
-        for block in blocks(rows, codes):
+        for block in softmax.blocks():
             latents = z[h, block].to(dtype) - softmax.centre
             g = None if grad_quantized is None else grad_quantized[h, block].to(dtype)
             lam = None if grad_log_partition is None else grad_log_partition[h, block, None]
@@ -202,7 +98,7 @@ def soft_backward(
                 e.copy_(usage_bias)
             else:
                 beta = 0 if grad_usage is None else 1  # 0 saves the pass that would fill e
-                torch.addmm(usage_bias, g, softmax.codebook.T, beta=beta, out=e)
+                torch.addmm(usage_bias, *softmax.operands(g), beta=beta, out=e)
             if eta is not None:
                 e.addcmul_(softmax.scores, eta, value=-LN_2)
             delta = e.mul_(p).sum(1, keepdim=True)
@@ -247,28 +143,31 @@ def probability_sums(
     codes = codebook.shape[1]
     dtype = accumulation_dtype(z, codebook)
     temperature = temperature.to(dtype)
+    of_products = precision
     if values is None:
         values = z.new_ones((), dtype=dtype).expand(heads, rows, 1)
+        of_products = "highest"  # they are sums, which nobody wants rounded
     # Transposed: a matrix product of a transposed block of weights is up to twice as slow.
     sums = z.new_zeros((heads, values.shape[2], codes), dtype=dtype)
     for h in range(heads):
-        softmax = BlockSoftmax(codebook[h], dtype, temperature, rows_per_block(rows, codes))
-        for block in blocks(rows, codes):
+        softmax = BlockSoftmax(codebook[h], dtype, temperature, rows, precision)
+        for block in softmax.blocks():
             softmax.run(z[h, block].to(dtype) - softmax.centre)
-            sums[h].addmm_((values[h, block].to(dtype) / softmax.total).T, softmax.weights)
+            weighted = (values[h, block].to(dtype) / softmax.total).T
+            with float32_products(of_products, z.device):
+                sums[h].addmm_(weighted, softmax.weights)
     return sums.mT.contiguous()
 
 
 def nearest(z: Tensor, codebook: Tensor, precision: str = "highest") -> Tensor:
     """Index of the nearest code, (H, N) int64; the lowest index wins a tie of scores as rounded."""
     heads, rows, _ = z.shape
-    codes = codebook.shape[1]
     dtype = accumulation_dtype(z, codebook)
     indices = z.new_empty((heads, rows), dtype=torch.int64)
     one = z.new_ones((), dtype=dtype)
     for h in range(heads):
-        softmax = BlockSoftmax(codebook[h], dtype, one, rows_per_block(rows, codes))
-        for block in blocks(rows, codes):
+        softmax = BlockSoftmax(codebook[h], dtype, one, rows, precision)
+        for block in softmax.blocks():
             softmax.match(z[h, block].to(dtype) - softmax.centre)
             indices[h, block] = softmax.indices()
     return indices

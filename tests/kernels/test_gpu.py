@@ -15,8 +15,9 @@ pytest.importorskip("triton", reason="the fused kernels are written in Triton")
 
 from bench.bounds import ALL, make, nearest_excess
 from bench.truth import Errors, Problem, forward, gradients, matmul_in
-from softvq.kernels import fused, tuning
+from softvq.kernels import fused, streaming, tuning
 from softvq.kernels.code_sums import code_sums
+from softvq.kernels.products import float32_products
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -53,21 +54,19 @@ def incoming_of(problem: Problem) -> dict[str, torch.Tensor]:
     return dict(zip(ALL, (torch.randn_like(problem.z), *row, usage), strict=True))
 
 
-def run(problem: Problem, incoming, precision="highest") -> dict[str, torch.Tensor]:
-    """Outputs and gradients of the fused kernels, by name."""
-    quantized, indices, log_partition, entropy, state = fused.soft_forward(*problem, precision)
-    usage = fused.probability_sums(*problem, None, None, precision)[..., 0] / problem.z.shape[1]
-    needs = (True, True, True)
-    grads = fused.soft_backward(
-        *problem,
-        *(incoming.get(name) for name in ALL),
-        *needs,
-        quantized,
-        indices,
-        state,
-        precision=precision,
-    )
-    outputs = dict(zip(ALL, (quantized, log_partition, entropy, usage), strict=True))
+def run(problem: Problem, incoming, precision="highest", backend=fused) -> dict[str, torch.Tensor]:
+    """Outputs and gradients of the backend, by name."""
+    with float32_products(precision, torch.device(DEVICE)):
+        quantized, indices, *row, state = backend.soft_forward(*problem, precision)
+        sums = backend.probability_sums(*problem, None, None, precision)
+        grads = backend.soft_backward(
+            *problem,
+            *(incoming.get(name) for name in ALL),
+            *(True, True, True, quantized, indices, state),
+            precision=precision,
+        )
+    usage = sums[..., 0] / problem.z.shape[1]
+    outputs = dict(zip(ALL, (quantized, *row, usage), strict=True))
     names = ("grad z", "grad codebook", "grad temperature")
     return outputs | {"indices": indices} | dict(zip(names, grads, strict=True))
 
@@ -130,13 +129,27 @@ def test_large_problems_against_float64(dtypes, dim, codes):
     assert_near_float64(lambda: draw(1, 70_001, codes, dim, *dtypes))
 
 
-def assert_near_float64(draw_problem: Callable[[], Problem]) -> None:
+@pytest.mark.parametrize("dim", [300, 1024])
+@pytest.mark.parametrize("dtypes", [d for d in DTYPES if d[0].itemsize == 2], ids=str)
+def test_codes_too_wide_to_be_fused(dtypes, dim):
+    """They stream; the bounds are those of the fused kernels, and the bits the same every time."""
+    torch.use_deterministic_algorithms(False)  # as users have it
+    how = {"precision": "high", "backend": streaming}
+    assert_near_float64(lambda: draw(1, 20_001, 1000, dim, *dtypes), **how)
+    problem = draw(1, 20_001, 1000, dim, *dtypes)
+    incoming = incoming_of(problem)
+    first = run(problem, incoming, **how)
+    for name, x in run(problem, incoming, **how).items():
+        assert torch.equal(x, first[name]), name
+
+
+def assert_near_float64(draw_problem: Callable[[], Problem], **how) -> None:
     """Over four draws: the temperature's gradient is one number, and exact by luck in some."""
     errors: dict[str, Errors] = {}
     for _ in range(4):
         problem = draw_problem()
         incoming = incoming_of(problem)
-        ours = run(problem, incoming)
+        ours = run(problem, incoming, **how)
         dtype = problem.z.dtype
         matmul = torch.matmul if dtype == torch.float32 else matmul_in(dtype)
         plain = in_blocks(problem.to(torch.float32), incoming, matmul)

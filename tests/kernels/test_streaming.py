@@ -1,14 +1,27 @@
 """The streaming backend against float64 truth, measured beside plain PyTorch in the same dtype."""
 
 import itertools
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.bounds import ALL, check, far_code, incoming_for, make, near_ties
-from bench.truth import Problem, forward
-from softvq.kernels import reference, streaming
+from bench.bounds import (
+    ALL,
+    REDUCED_PRECISION,
+    check,
+    far_code,
+    incoming_for,
+    make,
+    near_ties,
+    nearest_excess,
+    reduced_errors,
+)
+from bench.truth import Problem, forward, matmul_in
+from softvq.kernels import block_softmax, reference, streaming
+from softvq.kernels.products import tf32_parts
 
 SHAPES = [
     (1, 1, 1, 1),
@@ -119,11 +132,11 @@ def test_views_and_expanded_gradients():
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(streaming, "BLOCK_ELEMENTS", 2**12)
+    monkeypatch.setattr(block_softmax, "BLOCK_ELEMENTS", 2**12)
 
 
 def test_blocks_join_to_the_same_result(small_blocks):
-    assert streaming.rows_per_block(500, 100) == 40
+    assert block_softmax.rows_per_block(500, torch.empty(100, 20)) == 40
     check(streaming, lambda: make(2, 500, 100, 20))
 
 
@@ -131,7 +144,7 @@ def test_blocks_join_to_the_same_result(small_blocks):
 def test_first_maximum(codes):
     scores = torch.randint(0, 20, (50, codes)).float()
     first = torch.tensor([row.tolist().index(row.max()) for row in scores])
-    assert torch.equal(streaming.first_maximum(scores), first)
+    assert torch.equal(block_softmax.first_maximum(scores), first)
 
 
 def test_nearest_breaks_ties_by_the_lowest_index():
@@ -147,6 +160,90 @@ def test_nearest_agrees_with_the_soft_forward_and_with_distances():
     assert torch.equal(
         indices, torch.cdist(problem.z.double(), problem.codebook.double()).argmin(-1)
     )
+
+
+PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.mm.out,
+    torch.ops.aten.addmm.out,
+    torch.ops.aten.addmm_.default,
+}
+
+
+class MatrixUnit(TorchDispatchMode):
+    """Takes float32 operands of products for tf32, as a GPU may: their last 13 bits are lost."""
+
+    rounds = True
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function in PRODUCTS and self.rounds:
+            *rest, a, b = arguments
+            a, b = ((x.view(torch.int32) & -(2**13)).view(torch.float32) for x in (a, b))
+            arguments = (*rest, a, b)
+        return function(*arguments, **(keywords or {}))
+
+    @contextmanager
+    def float32_products(self, precision, device):
+        before, self.rounds = self.rounds, precision != "highest"
+        yield
+        self.rounds = before
+
+
+@pytest.fixture
+def on_a_matrix_unit(monkeypatch):
+    """The backend as a GPU runs it at precision "high"."""
+    unit = MatrixUnit()
+    monkeypatch.setattr(block_softmax, "takes_tf32", lambda codebook, precision: True)
+    for module in (block_softmax, streaming):
+        monkeypatch.setattr(module, "float32_products", unit.float32_products)
+
+    def inside(function):
+        def call(*arguments, **options):
+            with unit:
+                return function(*arguments, **options)
+
+        return call
+
+    names = ("soft_forward", "soft_backward", "probability_sums", "nearest")
+    return SimpleNamespace(**{name: inside(getattr(streaming, name)) for name in names})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 130, 64, 48), (1, 67, 192, 300), (1, 40, 30, 513)], ids=str)
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 100.0])
+def test_half_precision_on_a_matrix_unit(on_a_matrix_unit, dtype, shape, temperature):
+    how = {"precision": "high", "matmul": matmul_in(dtype)}
+    check(on_a_matrix_unit, lambda: make(*shape, temperature=temperature), dtype, **how)
+
+
+@pytest.mark.parametrize("offset", [10.0, 1e3])
+def test_bfloat16_far_from_zero_on_a_matrix_unit(on_a_matrix_unit, offset):
+    how = {"precision": "high", "matmul": matmul_in(torch.bfloat16)}
+    check(on_a_matrix_unit, lambda: make(1, 130, 67, 48, offset=offset), torch.bfloat16, **how)
+
+
+@pytest.mark.parametrize("dim", [5, 48, 300])
+@pytest.mark.parametrize("offset", [0.0, 10.0, 1e4])
+def test_high_precision_on_a_matrix_unit(on_a_matrix_unit, offset, dim):
+    bounds = REDUCED_PRECISION["high"]
+    for name, error in reduced_errors(on_a_matrix_unit, "high", offset, "cpu", dim).items():
+        assert error <= bounds[name.split()[0]], name
+
+
+@pytest.mark.parametrize("dim", [5, 48, 300])
+def test_nearest_on_a_matrix_unit(on_a_matrix_unit, dim):
+    problem = make(1, 500, 300, dim)
+    indices = on_a_matrix_unit.nearest(problem.z, problem.codebook, "high")
+    assert nearest_excess(problem.z[0], problem.codebook[0], indices[0]) <= 1
+
+
+def test_parts_are_taken_as_they_are():
+    x = torch.randn(1000) * 10.0 ** torch.randint(-20, 20, (1000,))
+    parts = tf32_parts(x, 3)
+    assert torch.equal(sum(parts), x)
+    for count, part in enumerate(parts, 1):
+        assert torch.equal(part.view(torch.int32) & -(2**13), part.view(torch.int32))
+        assert ((sum(parts[:count]) - x).abs() <= 2.0 ** (-11 * count) * x.abs()).all()
 
 
 class LargestTensor(TorchDispatchMode):
