@@ -7,6 +7,7 @@ candidates of `bench op` are.
 import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from bench.accuracy import accuracy, print_accuracy
 from bench.bounds import REDUCED_PRECISION, errors_over_draws, factor, make, reduced_errors
 from bench.results import OUT, Results, Row, headline, print_table
 from bench.truth import Problem, matmul_in
-from softvq.kernels import streaming
+from softvq.kernels.operators import BACKENDS
 
 FLOAT32, HALVES = torch.float32, (torch.bfloat16, torch.float16)
 
@@ -144,11 +145,7 @@ def judged(error: float, allowed: float | None) -> Row:
 
 def module(backend: str) -> ModuleType:
     """The backend's functions; the fused ones need Triton."""
-    if backend == "streaming":
-        return streaming
-    from softvq.kernels import fused
-
-    return fused
+    return import_module(BACKENDS[backend])
 
 
 def allowances(backend: str, dtype: torch.dtype) -> dict[str, Callable]:

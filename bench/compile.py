@@ -1,7 +1,6 @@
 """Compile every kernel and tile for each architecture and read the machine code. Needs no GPU."""
 
 import argparse
-import csv
 import datetime
 import itertools
 import multiprocessing
@@ -17,6 +16,7 @@ import triton
 
 from bench.launches import FAMILY, Launch, recorded
 from bench.machine_code import SHARED_LIMIT, TENSOR_MEMORY_LIMIT, inspect
+from bench.results import write_csv
 from bench.roofline import CARDS, kernel_work, times
 from softvq.kernels import fused, tiles
 from softvq.kernels.code_sums import code_sums
@@ -202,11 +202,7 @@ def main(arguments: list[str]) -> int:
         rows.append(row)
         print(f"{len(rows)}/{len(chosen)} {row['architecture']} {row['kernel']}", file=sys.stderr)
     out = options.out or Path(f"bench/results/compile/triton-{triton.__version__}.csv")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(out, rows[0], rows)
     print_table(rows)
     failed = sum(bool(row["problems"]) for row in rows)
     cards = ", ".join(CARD[architecture].name for architecture in options.architecture)

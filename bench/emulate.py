@@ -5,7 +5,6 @@ barrier that is missing (bench/emulator).
 """
 
 import argparse
-import csv
 import datetime
 import sys
 import time
@@ -30,7 +29,7 @@ from bench.check import judged
 from bench.compile import DATA_CENTRE, INPUTS
 from bench.emulator import Fault, emulated
 from bench.launches import FAMILY
-from bench.results import Row, as_text, print_table
+from bench.results import Row, as_text, print_table, write_csv
 from bench.truth import Problem, matmul_in
 from softvq.kernels import code_sums, code_sweep, fused
 
@@ -134,11 +133,7 @@ def main(arguments: list[str]) -> int:
         seconds = time.monotonic() - started
         print(f"{number}/{len(chosen)} sm_{case[0]} {case[1:]} {seconds:.0f} s", file=sys.stderr)
     out = options.out or Path(f"bench/results/emulate/triton-{triton.__version__}.csv")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(out, COLUMNS, rows)
     print_table(list(COLUMNS), [[str(row.get(name, "")) for name in COLUMNS] for row in rows])
     failed = sum(row["status"] != "ok" for row in rows)
     print(f"\n{len(rows)} bounds, {failed} broken; written to {out}")

@@ -24,7 +24,7 @@ FAMILY: dict[int, tiles.Architecture] = {
     100: "blackwell",
     120: "ampere",
 }
-OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+OPTIONS = ("num_warps", "enable_fp_fusion")
 TYPES = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",
@@ -32,7 +32,6 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
     torch.int32: "*i32",
-    torch.bool: "*i1",
 }
 
 
@@ -87,8 +86,6 @@ def described(kernel: JITFunction, args: tuple, kwargs: dict) -> Launch:
             signature[parameter.name] = TYPES[value.dtype]
             if value.data_ptr() % 16 == 0:  # as everything that PyTorch allocates
                 divisible.append(parameter.num)
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0 and not parameter.do_not_specialize:

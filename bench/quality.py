@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bench.measure import quantiles
 from bench.results import OUT, Results, Row, headline, print_table, version
+from bench.step import PeerVQ
 from bench.trainer import ours
 from softvq.training.config import TrainConfig
 from softvq.training.load import load_task
@@ -24,22 +25,6 @@ DIM = 16
 NET: dict[str, Any] = {"latent_dim": DIM, "width": 16, "residual_blocks": 1, "batch_size": 256}
 PEER = "vector-quantize-pytorch"
 METRICS = ("reconstruction_hard_error", "perplexity")
-
-
-class PeerVQ(nn.Module):
-    """vector-quantize-pytorch's layer with the call of ours."""
-
-    def __init__(self, codes: int, **options: Any):
-        super().__init__()
-        from vector_quantize_pytorch import VectorQuantize
-
-        self.dim, self.codebook_size = DIM, codes
-        self.layer = VectorQuantize(dim=DIM, codebook_size=codes, **options)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantized, indices and loss of x (B, h, w, dim)."""
-        quantized, indices, loss = self.layer(x.flatten(1, 2))
-        return quantized.view(x.shape), indices.view(x.shape[:-1]), loss.sum()
 
 
 class Entry(NamedTuple):
@@ -66,13 +51,13 @@ ENTRIES = {
     "softvq GumbelVQ": Entry({"model": "vqvae-gumbel"}),
     # Its README's three settings: the first example, and its two cures for unused codes.
     f"{PEER}, first example": Entry(
-        {"model": "vqvae"}, lambda k: PeerVQ(k, decay=0.8, commitment_weight=1.0)
+        {"model": "vqvae"}, lambda k: PeerVQ(DIM, k, decay=0.8, commitment_weight=1.0)
     ),
     f"{PEER}, k-means and restarts": Entry(
-        {"model": "vqvae"}, lambda k: PeerVQ(k, kmeans_init=True, threshold_ema_dead_code=2)
+        {"model": "vqvae"}, lambda k: PeerVQ(DIM, k, kmeans_init=True, threshold_ema_dead_code=2)
     ),
     f"{PEER}, cosine similarity": Entry(
-        {"model": "vqvae"}, lambda k: PeerVQ(k, use_cosine_sim=True, threshold_ema_dead_code=2)
+        {"model": "vqvae"}, lambda k: PeerVQ(DIM, k, use_cosine_sim=True, threshold_ema_dead_code=2)
     ),
 }
 

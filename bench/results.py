@@ -7,6 +7,7 @@ import platform
 import re
 import shlex
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -59,12 +60,17 @@ class Results:
         written = [
             {name: as_text((common | row).get(name, "")) for name in COLUMNS} for row in rows
         ]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(kept + written)
+        write_csv(self.path, COLUMNS, kept + written)
         return written
+
+
+def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Row]) -> None:
+    """A table with a header; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def environment(device: torch.device) -> dict[str, object]:

@@ -6,6 +6,8 @@ than the largest of the four times, and without overlap takes their sum.
 
 from typing import NamedTuple
 
+from softvq.kernels import tiles
+
 # Per multiprocessor and clock, from sm_80 to sm_120 alike: 4 schedulers of 32 threads, and 16
 # results of base-2 exponential (NVIDIA, CUDA C++ Programming Guide, "Arithmetic Instructions").
 ISSUE_PER_CLOCK = 128
@@ -154,7 +156,7 @@ def kernel_work(
     is the work of one launch of so many. Bytes are those of the rows' and codes' whole vectors,
     once each: the codebook stays in the cache.
     """
-    padded = max(16, 1 << (dim - 1).bit_length())
+    padded = tiles.padded_dim(dim)
     of = PRODUCTS[inputs]
     products = of.nearest
     if kernel != "nearest":

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,18 +42,18 @@ class EagerSoftVQ(SoftVQ):
         return SoftQuantized(*(x.view(shape) for x, shape in zip(outputs, shapes, strict=True)))
 
 
-class HardVQ(nn.Module):
-    """vector-quantize-pytorch's layer, with its defaults, where SoftVQVAE expects a SoftVQ."""
+class PeerVQ(nn.Module):
+    """vector-quantize-pytorch's layer, with its defaults but for options, with the call of ours."""
 
-    def __init__(self, dim: int, codes: int):
+    def __init__(self, dim: int, codes: int, **options: Any):
         super().__init__()
         from vector_quantize_pytorch import VectorQuantize
 
-        self.codebook_dim = dim
-        self.layer = VectorQuantize(dim=dim, codebook_size=codes)
+        self.dim, self.codebook_size = dim, codes
+        self.layer = VectorQuantize(dim=dim, codebook_size=codes, **options)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantized, indices and loss of x (B, h, w, dim), as SoftVQ."""
+        """Quantized, indices and loss of x (B, h, w, dim)."""
         quantized, indices, loss = self.layer(x.flatten(1, 2))
         return quantized.view(x.shape), indices.view(x.shape[:-1]), loss.sum()
 
@@ -63,7 +63,7 @@ class HardVQ(nn.Module):
 QUANTIZERS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
     "softvq": ("softvq", lambda codes: SoftVQ(DIM, codes, commitment_weight=1.0)),
     "eager": ("torch", lambda codes: EagerSoftVQ(DIM, codes, commitment_weight=1.0)),
-    "vector-quantize-pytorch": ("vector-quantize-pytorch", lambda codes: HardVQ(DIM, codes)),
+    "vector-quantize-pytorch": ("vector-quantize-pytorch", lambda codes: PeerVQ(DIM, codes)),
 }
 
 

@@ -128,9 +128,10 @@ def usage_and_entropy(
 
 
 def assignment_probabilities(z: Tensor, codebook: Tensor, temperature: float | Tensor) -> Tensor:
-    """softmax(−‖z−c‖²/T), (..., K). The only call that holds an N×K matrix; differentiable.
+    """softmax(−‖z−c‖²/T), (..., K). Differentiable.
 
-    Arguments and errors as in `soft_quantize`.
+    The only call that holds an N×K matrix whatever the backend. Arguments and errors as in
+    `soft_quantize`.
     """
     z_heads, codebook_heads, temperature, _ = _prepare(z, codebook, temperature, "reference", None)
     with without_autocast(z.device.type):

@@ -14,7 +14,7 @@ from softvq.data.index import Pictures
 from softvq.data.pictures import UnreadableError, size_text
 from softvq.data.resize import fit
 from softvq.data.types import Batch, DataError, ImageSet
-from softvq.data.watch import Watch, unwatched
+from softvq.data.watch import Watch
 from softvq.data.workers import AHEAD, in_workers
 
 SEEN = ["height", "width", "grey"]  # of a picture's header
@@ -114,7 +114,7 @@ class StreamedSet:
         finally:
             self.bad.tell()
 
-    def in_memory(self, watch: Watch = unwatched) -> ImageSet:
+    def in_memory(self, watch: Watch) -> ImageSet:
         """All images decoded; those that cannot be read are left out, if bad ones are skipped.
 
         Raises DataError for an image that cannot be read, and when none is left.

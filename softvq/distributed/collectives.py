@@ -31,9 +31,9 @@ def sum_over_replicas(x: Tensor, sync: bool | None = None) -> Tensor:
     return _Sum.apply(x) if is_synced(sync) else x
 
 
-def mean_over_replicas(x: Tensor, sync: bool | None = None) -> Tensor:
+def mean_over_replicas(x: Tensor) -> Tensor:
     """The mean over all replicas, the same bits on each."""
-    return _Sum.apply(x) / distributed.get_world_size() if is_synced(sync) else x
+    return _Sum.apply(x) / distributed.get_world_size() if is_synced(None) else x
 
 
 def gather_from_replicas(x: Tensor, sync: bool | None = None) -> Tensor:

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from softvq import losses
 from softvq.models.encoder_decoder import EncoderDecoder
 from softvq.models.outputs import Evaluation, TrainingStep
 
@@ -22,19 +21,16 @@ class Autoencoder(EncoderDecoder):
         """The losses of a batch (B, C, H, W) in [0, 1] with labels (B,) int64."""
         latents = self.encode(images, labels)
         parts, loss = self.reconstruction_losses(self.decode(latents.z, labels), images)
-        if latents.logvar is not None:
-            parts["kl"] = losses.kl_divergence(latents.mean, latents.logvar)
-            loss = loss + self.weights.kl * parts["kl"]
-        return TrainingStep({"loss": loss, **parts}, {}, {})
+        kl = self.kl(latents)
+        loss = loss + self.weights.kl * sum(kl.values())
+        return TrainingStep({"loss": loss, **parts, **kl}, {}, {})
 
     @torch.no_grad()
     def evaluate(self, images: Tensor, labels: Tensor | None = None) -> Evaluation:
         """The reconstruction and statistics of a batch (B, C, H, W) in [0, 1], in eval mode."""
         latents = self.encode(images, labels)
-        values = {}
-        if latents.logvar is not None:
-            values["kl"] = losses.kl_divergence(latents.mean, latents.logvar)
-        return Evaluation({"reconstruction_error": self.decode(latents.mean, labels)}, values, {})
+        output = self.decode(latents.mean, labels)
+        return Evaluation({"reconstruction_error": output}, self.kl(latents), {})
 
     @torch.no_grad()
     def sample(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:

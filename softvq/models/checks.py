@@ -5,19 +5,20 @@ None waits for a GPU, and none breaks a compiled graph.
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from softvq.checks import check_floating, check_integers, check_range
 from softvq.models.networks import Grid, Shape
+from softvq.quantizers import Quantizer
 
 
-def check_layout(**quantizers: nn.Module) -> None:
+def check_layout(**quantizers: Quantizer) -> None:
     """Quantizers of latents (B, h, w, D): others may fit the shape, not the meaning of the axes.
 
     Raises TypeError or ValueError.
     """
     for name, quantizer in quantizers.items():
-        if not isinstance(quantizer, nn.Module):
+        if not isinstance(quantizer, Quantizer):
             raise TypeError(f"{name} must be a quantizer, got a {type(quantizer).__name__}")
         if not quantizer.channel_last:
             raise ValueError(
@@ -51,6 +52,6 @@ def check_codes(argument: str, codes: Mapping[str, Tensor], grids: Mapping[str, 
     for level, grid in grids.items():
         name = f"{argument}[{level!r}]"
         check_integers(**{name: codes[level]})
-        if codes[level].dim() < 3 or codes[level].shape[1:3] != grid:
+        if codes[level].shape[1:3] != grid:
             got = tuple(codes[level].shape)
             raise ValueError(f"{name} must be (B, {grid[0]}, {grid[1]}), got {got}")

@@ -68,6 +68,12 @@ class EncoderDecoder(ImageModel):
         z = mean + (0.5 * logvar).exp() * torch.randn_like(mean) if self.training else mean
         return Latents(z, mean, logvar)
 
+    def kl(self, latents: Latents) -> dict[str, Tensor]:
+        """The divergence from the prior, nats an image, (), by its name; nothing without a σ."""
+        if latents.logvar is None:
+            return {}
+        return {"kl": losses.kl_divergence(latents.mean, latents.logvar)}
+
     def decode(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         """Latents or codes (B, h, w, D), labels (B,) integers → images (B, C, H, W) in [0, 1].
 

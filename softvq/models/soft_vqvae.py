@@ -87,14 +87,12 @@ class SoftVQVAE(VQVAE):
 
         parts, loss = self.reconstruction_losses(output, images)
         parts["quantizing_error"] = losses.quantizing_error(read.detach(), quantized.detach())
-        loss = loss + self.weights.quantizing * quantizer_loss
-        if latents.logvar is not None:
-            parts["kl"] = losses.kl_divergence(latents.mean, latents.logvar)
-            loss = loss + self.weights.kl * parts["kl"]
+        kl = self.kl(latents)
+        loss = loss + self.weights.quantizing * quantizer_loss + self.weights.kl * sum(kl.values())
         if code_output is not None:
             _, term = self.reconstruction_losses(code_output, images)
             loss = loss + self.weights.reconstruction_quantizing * term
-        return TrainingStep({"loss": loss, **parts}, {LEVEL: read.detach()}, {LEVEL: indices})
+        return TrainingStep({"loss": loss, **parts, **kl}, {LEVEL: read.detach()}, {LEVEL: indices})
 
     def _decode_together(
         self, latents: Tensor, codes: Tensor | None
@@ -124,9 +122,7 @@ class SoftVQVAE(VQVAE):
         values = {
             "quantizing_error": losses.quantizing_error(z, soft.quantized),
             "max_probability": soft.max_probability.mean(),
-            "kl": z.new_zeros(())
-            if latents.logvar is None
-            else losses.kl_divergence(latents.mean, latents.logvar),
+            **self.kl(latents),
         }
         outputs = {
             "reconstruction_error": output,

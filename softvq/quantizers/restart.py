@@ -31,7 +31,7 @@ def restart_codes(
         the new codes (K, D), and which of them moved (K,) bool.
     """
     drawn, exists = draw_latents(latents, squared_distance, len(codes), sync)
-    turn = (dead.cumsum(0) - 1).clamp(min=0)  # the first dead code has the first latent
+    turn = dead.cumsum(0) - 1  # the first dead code has the first latent
     moved = dead & exists[turn]
     return torch.where(moved[:, None], drawn[turn].to(codes.dtype), codes), moved
 

@@ -39,8 +39,4 @@ class TemperedQuantizer(Quantizer):
             TypeError, ValueError: neither a number nor a 0-d tensor, or one below 1e-20 or above
                 1e20; a tensor on a GPU is not read.
         """
-        if isinstance(temperature, Tensor):
-            self.log_temperature.copy_(temperature_tensor(temperature, self.log_temperature).log())
-        else:
-            check_temperatures(temperature=temperature)
-            self.log_temperature.fill_(math.log(temperature))
+        self.log_temperature.copy_(temperature_tensor(temperature, self.log_temperature).log())

@@ -50,8 +50,8 @@ class Progress:
 
     @property
     def images_per_second(self) -> float:
-        """Training speed so far; zero before the first step."""
-        return self.images / self.seconds if self.seconds else 0.0
+        """Training speed so far, after the first step."""
+        return self.images / self.seconds
 
 
 def save_checkpoint(folder: Path, progress: Progress, parts: dict[str, Stateful]) -> None:

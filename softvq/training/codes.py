@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softvq.data import Batch, DataError, DataSplits
-from softvq.models import LEVEL, CodeLevel, ImageModel
+from softvq.models import CodeLevel, ImageModel, level_suffix
 from softvq.training.evaluation import batch_size, to_pixels
 from softvq.training.families import CONTINUOUS, PRIOR
 from softvq.training.files import replacing
@@ -89,7 +89,7 @@ def encode_images(model: ImageModel, batches: Iterable[Batch], device: torch.dev
 
 def array_name(split: str, level: str) -> str:
     """Where a file of codes holds the codes of a level of a split: train, or train_top."""
-    return split if level == LEVEL else f"{split}_{level}"
+    return f"{split}{level_suffix(level)}"
 
 
 def write_codes(

@@ -110,7 +110,7 @@ class TrainConfig:
     reconstruction_loss: Literal["squared", "absolute"] | None = setting(
         each(IMAGES, "squared"),
         "losses",
-        "difference that is trained; metrics are always squared",
+        "difference that is trained; the metrics stay as they are",
     )
     reconstruction_weight: float | None = setting(
         each(QUANTISED, 10.0, soft_vqvae=1e4, ae=1.0, vae=None, cvae=None),

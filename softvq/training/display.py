@@ -68,7 +68,7 @@ class Display:
         if self.bar.disable or now - self._shown < REFRESH_SECONDS:
             return
         self._shown = now
-        rate = step / max(progress.seconds, 1e-9)
+        rate = step / progress.seconds
         losses = "  ".join(
             f"{name.removesuffix('_error')} {value.item():.4g}" for name, value in parts.items()
         )

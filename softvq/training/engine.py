@@ -124,5 +124,5 @@ def uses_bfloat16(config: TrainConfig, device: torch.device) -> bool:
 
 def compiles(config: TrainConfig, device: torch.device) -> bool:
     """Whether the step is to be compiled."""
-    long = device.type == "cuda" and (config.steps or 0) >= COMPILE_FROM
+    long = device.type == "cuda" and config.steps >= COMPILE_FROM
     return config.compile == "on" or (config.compile == "auto" and long)

@@ -17,29 +17,20 @@ from torch.nn import functional as F
 SCALES = tuple(2 ** (i / 5 - 12) for i in range(72))
 
 
-def fit_scales(
-    batches: Iterable[tuple[Tensor, Tensor]], scales: tuple[float, ...] = SCALES
-) -> Tensor:
+def fit_scales(batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """The scale of each pixel position and channel with the largest likelihood, (C, H, W).
 
-    Args:
-        batches: pairs of the decoder's output (B, C, H, W) in [0, 1] and the images (B, C, H, W)
-            uint8; all of one shape but for B. Read once, one batch at a time. A few thousand
-            images are enough for scales that hold on others.
-        scales: what to choose from.
-
-    Raises ValueError where there is no batch.
+    batches: one or more pairs of the decoder's output (B, C, H, W) in [0, 1] and the images
+    (B, C, H, W) uint8; all of one shape but for B. Read once, one batch at a time. A few thousand
+    images are enough for scales that hold on others.
     """
-    total: Tensor | None = None  # (S, C, H, W)
+    total = 0  # (S, C, H, W)
     for output, pixels in batches:
-        candidates = torch.tensor(scales, dtype=output.dtype, device=output.device)
-        batch = torch.stack(
-            [logistic_log_probability(output, pixels, s).double().sum(0) for s in candidates]
+        scales = torch.tensor(SCALES, dtype=output.dtype, device=output.device)
+        total = total + torch.stack(
+            [logistic_log_probability(output, pixels, s).double().sum(0) for s in scales]
         )
-        total = batch if total is None else total + batch
-    if total is None:
-        raise ValueError("no batch to fit the scales to")
-    return candidates[total.argmax(0)]
+    return scales[total.argmax(0)]
 
 
 def discretised_logistic_log_likelihood(output: Tensor, pixels: Tensor, scales: Tensor) -> Tensor:

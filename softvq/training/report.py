@@ -23,7 +23,10 @@ MEANINGS = {
     SOFT: ("lower", "Squared error when the decoder sees soft mixtures of the codes."),
     GAP: ("lower", "Hard minus soft error: what the soft error alone would hide."),
     "reconstruction_error": ("lower", "Squared error of the model's own output."),
-    "quantizing_error": ("lower", "Squared distance of a latent and its soft code, per element."),
+    "quantizing_error": (
+        "lower",
+        "Squared distance of a latent and its code, soft where the model is, per element.",
+    ),
     "psnr_hard": ("higher", "Peak signal-to-noise ratio with nearest codes, in dB."),
     "psnr": ("higher", "Peak signal-to-noise ratio of the model's own output, in dB."),
     "l1_hard": ("lower", "Absolute error with nearest codes, on pixels from -1 to 1."),

@@ -267,15 +267,14 @@ def batches(
     Every epoch is a permutation made from the seed and its number alone, so a resumed run sees
     what it would have seen. The last, smaller batch of an epoch is left out.
     """
-    size = min(batch_size, images)
-    per_epoch = images // size
+    per_epoch = images // batch_size
     step = start
     while True:
         epoch = step // per_epoch
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(images, generator=generator).to(device)
         for position in range(step % per_epoch, per_epoch):
-            yield order[position * size : (position + 1) * size]
+            yield order[position * batch_size : (position + 1) * batch_size]
             step += 1
 
 

@@ -225,8 +225,16 @@ def test_max_probability_lies_between_even_and_certain(images, temperature):
         assert value == pytest.approx(1 if temperature < 1 else 1 / CODES, rel=0.05)
 
 
-def test_kl_of_a_deterministic_model_is_zero(images):
-    assert build(LossWeights(kl=0.0)).eval().evaluate(images).values["kl"] == 0
+def test_latents_and_codes_are_decoded_together(images):
+    """Batch norm then sees both kinds in one batch, as it does in evaluation."""
+    model, seen = build(), []
+    model.decoder.register_forward_hook(lambda module, given, output: seen.append(len(given[0])))
+    model(images)
+    assert seen == [2 * len(images)]
+
+
+def test_a_deterministic_model_has_no_kl(images):
+    assert "kl" not in build(LossWeights(kl=0.0)).eval().evaluate(images).values
     assert build(LossWeights(kl=1.0)).eval().evaluate(images).values["kl"] > 0
 
 

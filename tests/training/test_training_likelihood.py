@@ -80,11 +80,6 @@ def test_scales_do_not_depend_on_the_batches():
     assert torch.equal(whole, fit_scales(zip(output.split(5), images.split(5), strict=True)))
 
 
-def test_scales_of_no_images():
-    with pytest.raises(ValueError, match="no batch"):
-        fit_scales([])
-
-
 def test_uniform_pixels_cost_eight_bits_and_what_the_logistic_cannot_say():
     images = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1)
     output = torch.full((256, 1, 1, 1), 0.5)
