@@ -158,8 +158,9 @@ def test_a_run_folder_whose_name_is_no_text(run):
 def test_resume_may_repeat_the_settings(tmp_path):
     plain(tmp_path / "images", [(8, 8)] * 20)
     same = ("--data", "folder", "--data-dir", "images", "--out", "run", *FAST)
-    assert main(["train", *same]) == 0
-    assert main(["train", "--resume", "--device", "cpu", "--on-nan", "skip", *same]) == 0
+    assert main(["train", *same, "--image-size", "8x8"]) == 0
+    changed = ("--image-size", "8", "--device", "cpu", "--on-nan", "skip")
+    assert main(["train", "--resume", *changed, *same]) == 0
 
 
 def test_resume_compares_values_and_not_their_spelling(tmp_path):

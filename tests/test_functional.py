@@ -103,6 +103,19 @@ def test_heads_are_independent_codebooks(backend):
     assert indices.shape == distance.shape == (2, 7, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_neither_temperatures_nor_distances(dtype):
+    z, codebook = torch.randn(50, 16).to(dtype), torch.randn(20, 16)
+    half = softvq.soft_quantize(z, codebook, 0.3)
+    torch.testing.assert_close(
+        half.log_partition, softvq.soft_quantize(z.float(), codebook, 0.3).log_partition
+    )
+    assert softvq.soft_quantize(z, codebook, 1e-10).quantized.isfinite().all()
+    indices, distance = softvq.nearest_codes(z, codebook.to(dtype))
+    wanted = (z.double() - codebook.to(dtype).double()[indices]).square().sum(-1)
+    torch.testing.assert_close(distance.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("heads", [(), (3,)], ids=str)
 def test_gradients_arrive_and_leave_without_a_copy(heads, monkeypatch):
     seen = []

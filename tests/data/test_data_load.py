@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from softvq.data import DATASETS, DataError, DataSplits, ImageSet, Reading, load_data
+from softvq.data.fingerprint import fingerprint
 from softvq.data.resize import fit
 from softvq.data.splits import split_off
 from tests.pictures import packed, paint, picture
@@ -131,26 +132,29 @@ def test_fit_keeps_order_across_batches():
 
 
 def test_a_fingerprint_tells_data_apart_wherever_they_lie(tmp_path):
-    def fingerprint(folder, **options):
+    def of(folder, **options):
         return load_data("folder", folder, **options).fingerprint
 
     paint(tmp_path / "one", 20)
-    one = fingerprint(tmp_path / "one")
+    one = of(tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    assert fingerprint(tmp_path / "two") == one
-    assert fingerprint(packed(tmp_path / "one", tmp_path / "shards", 7)) == one
-    assert fingerprint(tmp_path / "one", reading=Reading(stream_above=-1)) == one
-    assert fingerprint(tmp_path / "one", seed=1) != one  # other splits
+    assert of(tmp_path / "two") == one
+    assert of(packed(tmp_path / "one", tmp_path / "shards", 7)) == one
+    assert of(tmp_path / "one", reading=Reading(stream_above=-1)) == one
+    assert of(tmp_path / "one", seed=1) != one  # other splits
 
     (tmp_path / "two" / "ant" / "000.png").rename(tmp_path / "two" / "ant" / "new.png")
-    renamed = fingerprint(tmp_path / "two")
+    renamed = of(tmp_path / "two")
     (tmp_path / "two" / "bee").rename(tmp_path / "two" / "wasp")
-    reclassed = fingerprint(tmp_path / "two")
+    reclassed = of(tmp_path / "two")
     (tmp_path / "two" / "ant" / "001.png").write_bytes(picture(1, (7, 9)))
-    resized = fingerprint(tmp_path / "two", image_size=(6, 6))
+    resized = of(tmp_path / "two", image_size=(6, 6))
     assert len({one, renamed, reclassed, resized}) == 4
 
 
 def test_a_fingerprint_tells_data_sets_apart(digits):
     assert load_data("digits").fingerprint == digits.fingerprint
     assert load_data("digits", seed=1).fingerprint != digits.fingerprint
+    names = digits.class_names
+    assert fingerprint(digits[:3], names) == digits.fingerprint
+    assert fingerprint(digits[:3], [*names[:-1], "neuf"]) != digits.fingerprint

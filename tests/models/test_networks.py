@@ -10,6 +10,7 @@ from softvq.models.networks import (
     DenseDecoder,
     DenseEncoder,
     Networks,
+    ResidualBlock,
     grid_path,
     halved,
 )
@@ -132,3 +133,10 @@ def test_sizes_of_no_network_are_named(options, error, message):
 def test_a_weight_below_zero_is_named(name):
     with pytest.raises(ValueError, match=f"{name} must be a finite number from 0 up, got -1.0"):
         LossWeights(**{name: -1.0})
+
+
+def test_a_residual_block_adds_to_what_it_reads():
+    block, x = ResidualBlock(3), torch.randn(2, 3, 4, 4)
+    for parameter in block.layers[-1].parameters():
+        torch.nn.init.zeros_(parameter)
+    assert torch.equal(block(x), x)

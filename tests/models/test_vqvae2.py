@@ -27,6 +27,15 @@ def images():
     return torch.rand(5, *SHAPE)
 
 
+def test_the_top_encoder_reads_standardised_features():
+    """Their scale would else be the bottom encoder's to choose."""
+    model, seen = build(), []
+    model.top_encoder.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    model(torch.rand(32, *SHAPE))
+    variance = seen[0].var((0, 2, 3), correction=0)
+    torch.testing.assert_close(variance, torch.ones_like(variance), rtol=1e-2, atol=0)
+
+
 def changed(indices):
     """Other codes at every place."""
     return (indices + 1) % CODES

@@ -104,6 +104,15 @@ def test_dead_codes_that_find_no_latent_keep_their_statistics():
     close(vq.counts[0].sort().values, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.6, 1.0)
 
 
+def test_dead_codes_move_where_half_precision_cannot_square():
+    vq = EMAVQ(DIM, CODES, threshold_ema_dead_code=5.0)
+    vq.codebook = torch.zeros(CODES, DIM)
+    vq.counts.zero_()
+    x = 200 + torch.randn(2 * CODES, DIM)  # squared, and summed over D, beyond float16
+    vq(x.half())
+    assert vq.codebook.abs().amin() > 100
+
+
 def test_the_next_step_does_not_undo_a_restart():
     vq = EMAVQ(1, 2, decay=0.5, threshold_ema_dead_code=0.3)
     vq.codebook = torch.tensor([[0.0], [1e3]])

@@ -137,6 +137,14 @@ def test_autocast_does_not_lower_what_a_sample_is_drawn_from():
     assert torch.equal(*samples)
 
 
+def test_nothing_is_surer_than_certain():
+    """At a small T a probability is the exponential of a difference of two large numbers."""
+    vq = SoftVQ(64, 256, temperature=1e-3)
+    for _ in range(10):
+        vq.codebook = torch.randn(256, 64)
+        assert vq.assign(3 * torch.randn(500, 64)).max_probability.max() <= 1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_converted_module_is_as_sure_of_its_codes_as_a_precise_one(dtype):
     vq = SoftVQ(64, CODES).to(dtype)

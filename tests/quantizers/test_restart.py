@@ -39,6 +39,8 @@ def test_masked_positions_do_not_count():
     restart = DeadCodeRestart(2, THRESHOLD, decay=0.0)
     restart.update(torch.tensor([[0, -1], [1, -1], [1, 1]]))
     assert torch.equal(restart.share, torch.tensor([0.25, 0.75]))
+    restart.update(torch.tensor([-1, -1]))
+    assert torch.equal(restart.share, torch.zeros(2))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from softvq.cli import main
+from softvq.metrics import Mean
 from softvq.models import TrainingStep
 from softvq.quantizers import EMAVQ, VQ
 from softvq.training import steering
@@ -133,6 +134,20 @@ def test_a_skipped_step_leaves_everything_as_it_was(model, tiny_runs, tmp_path, 
     values = trainer.guard.read(trainer.losses)
     assert values["skipped"] == pytest.approx(2 / 6)
     assert all(torch.tensor(value).isfinite() for value in values.values())
+
+
+def test_a_mean_is_that_of_the_steps_that_were_not_skipped():
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    guard = Guard(TrainConfig(on_nan="skip"), model, torch.nn.Module(), optimizer)
+    mean = Mean()
+    for step, loss in enumerate((2.0, NAN, 4.0, 6.0), 1):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        seen = guard.check(TrainingStep({"loss": torch.tensor(loss)}, {}, {}), step)
+        mean.add(seen.losses, 1)
+    values = guard.read(mean)
+    assert values["loss"] == pytest.approx(4) and values["skipped"] == 0.25
 
 
 def test_skipping_changes_nothing_in_a_run_without_bad_steps(config, tiny_run, tmp_path):

@@ -16,6 +16,7 @@ import torch
 
 from softvq.training.checkpoint import Progress, read_checkpoint, save_checkpoint
 from softvq.training.images import ImageTask
+from softvq.training.outbox import Outbox
 from softvq.training.resume import resume_run
 from softvq.training.run_folder import RunError, RunFolder
 from softvq.training.trainer import Trainer, train
@@ -134,6 +135,18 @@ def test_a_log_on_the_full_disk(disk, config, tiny_run, monkeypatch):
     at_steps(monkeypatch, {6: disk.fill, 12: disk.clear})
     assert train(config, disk.run)
     assert metrics_of(disk.run) == metrics_of(tiny_run)
+
+
+def test_a_checkpoint_comes_after_what_waits(tmp_path, monkeypatch):
+    """Or it would know of more than the other files do."""
+    disk = PretendedDisk(tmp_path, monkeypatch)
+    disk.run.mkdir()
+    outbox = Outbox(RunFolder(disk.run))
+    disk.fill()
+    outbox.metrics(5, "train", {"loss": 1.0})
+    disk.clear()
+    assert outbox.checkpoint(Progress(step=5), {})
+    assert metrics_of(disk.run) == [{"step": 5, "split": "train", "loss": 1.0}]
 
 
 def test_a_disk_that_fills_twice_is_reported_twice(disk, config, monkeypatch, capsys):
