@@ -41,7 +41,7 @@ def soft_forward(
     """
     s = scores(z, codebook, temperature)
     log_partition = s.logsumexp(-1)
-    log_p = s - log_partition[..., None]
+    log_p = s.log_softmax(-1)  # s − lse cancels, where both are large
     p = log_p.exp()
     quantized = p @ codebook.to(p.dtype)
     entropy = -(p * log_p).sum(-1)
@@ -76,7 +76,7 @@ def soft_backward(
     two_over_t = 2 / temperature.to(s.dtype)
 
     log_partition = s.logsumexp(-1)
-    log_p = s - log_partition[..., None]
+    log_p = s.log_softmax(-1)
     p = log_p.exp()
     entropy = -(p * log_p).sum(-1)
 

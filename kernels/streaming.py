@@ -13,7 +13,6 @@ from torch import Tensor
 
 from softvq.kernels.block_softmax import LN_2, BlockSoftmax
 from softvq.kernels.dtypes import accumulation_dtype
-from softvq.kernels.products import float32_products
 
 
 def soft_forward(
@@ -143,19 +142,16 @@ def probability_sums(
     codes = codebook.shape[1]
     dtype = accumulation_dtype(z, codebook)
     temperature = temperature.to(dtype)
-    of_products = precision
-    if values is None:
-        values = z.new_ones((), dtype=dtype).expand(heads, rows, 1)
-        of_products = "highest"  # they are sums, which nobody wants rounded
     # Transposed: a matrix product of a transposed block of weights is up to twice as slow.
-    sums = z.new_zeros((heads, values.shape[2], codes), dtype=dtype)
+    sums = z.new_zeros((heads, 1 if values is None else values.shape[2], codes), dtype=dtype)
     for h in range(heads):
         softmax = BlockSoftmax(codebook[h], dtype, temperature, rows, precision)
         for block in softmax.blocks():
             softmax.run(z[h, block].to(dtype) - softmax.centre)
-            weighted = (values[h, block].to(dtype) / softmax.total).T
-            with float32_products(of_products, z.device):
-                sums[h].addmm_(weighted, softmax.weights)
+            if values is None:  # a product with ones would add one row after the other
+                sums[h] += softmax.probabilities().sum(0)
+            else:
+                sums[h].addmm_((values[h, block].to(dtype) / softmax.total).T, softmax.weights)
     return sums.mT.contiguous()
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 # Of a squared distance, divided by it, float32 keeps something in either direction.
 LEAST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-20, 1e20
+_ROUNDING = 1e-6  # of a limit that went through a float32
 # Made here, for torch 2.11 compiles no text with a float in it.
 _TEMPERATURES = f"a number from {LEAST_TEMPERATURE} to {LARGEST_TEMPERATURE}"
 
@@ -32,7 +33,8 @@ def check_positive(**options: float) -> None:
 
 def check_temperatures(**options: float) -> None:
     """Divisors of squared distances. Raises TypeError or ValueError."""
-    _check_numbers(_TEMPERATURES, lambda x: LEAST_TEMPERATURE <= x <= LARGEST_TEMPERATURE, options)
+    least, largest = LEAST_TEMPERATURE * (1 - _ROUNDING), LARGEST_TEMPERATURE * (1 + _ROUNDING)
+    _check_numbers(_TEMPERATURES, lambda x: least <= x <= largest, options)
 
 
 def check_weights(**options: float) -> None:
@@ -47,15 +49,19 @@ def check_decay(decay: float) -> None:
 
 def _check_numbers(what: str, fits: Callable[[Any], bool], options: dict[str, object]) -> None:
     for name, value in options.items():
-        if not isinstance(value, (Real, Tensor)):
+        if not isinstance(value, (Real, Tensor)) or (isinstance(value, Tensor) and value.dim()):
             raise TypeError(f"{name} must be {what}, got {value!r}")
         if not fits(value):
             raise ValueError(f"{name} must be {what}, got {value}")
 
 
 def check_floating(**tensors: object) -> None:
-    """Floating-point tensors. Raises TypeError."""
-    _check_tensors("a floating-point tensor", lambda x: x.is_floating_point(), tensors)
+    """Floating-point tensors of 16 bits or more. Raises TypeError."""
+
+    def fits(x: Tensor) -> bool:
+        return x.is_floating_point() and x.dtype.itemsize > 1
+
+    _check_tensors("a floating-point tensor", fits, tensors)
 
 
 def check_integers(**tensors: object) -> None:

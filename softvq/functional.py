@@ -156,8 +156,10 @@ def nearest_codes(
     z_heads, codebook_heads, _, of_products = _prepare(z, codebook, 1.0, backend, precision)
     indices = operators.nearest(z_heads.detach(), codebook_heads.detach(), precision, of_products)
     of_sums = _choose_backend(z, backend, support.obstacle(z))
-    codes = autograd.CodesAt.apply(codebook_heads, indices, of_sums)
-    difference = z_heads.to(accumulation_dtype(z_heads, codes)) - codes
+    dtype = accumulation_dtype(z_heads, codebook_heads)
+    # Cast before: the gradients of a code's rows are summed in this dtype, and rounded once.
+    codes = autograd.CodesAt.apply(codebook_heads.to(dtype), indices, of_sums)
+    difference = z_heads.to(dtype) - codes
     squared_distance = difference.square().sum(-1)
     return _as_rows(indices, z, codebook), _as_rows(squared_distance, z, codebook)
 
@@ -186,12 +188,17 @@ def code_sums(
 
     Raises:
         TypeError: z is not floating point, indices are not int64, K is no whole number.
-        ValueError: the shapes differ, K is below 1, or, on a CPU, an index outside [0, K).
+        ValueError: the shapes or devices differ, D or K is below 1, or, on a CPU, an index outside
+            [0, K).
     """
     check_choice("backend", backend, get_args(Backend))
     check_floating(z=z)
     check_dtype(torch.int64, indices=indices)
     check_counts(1, codebook_size=codebook_size)
+    if z.dim() == 0 or z.shape[-1] == 0:
+        raise ValueError(f"z must be (..., D) with D of at least 1, got {tuple(z.shape)}")
+    if z.device != indices.device:
+        raise ValueError(f"z is on {z.device} and indices on {indices.device}; use one device")
     if indices.shape != z.shape[:-1]:
         raise ValueError(
             f"indices must have the shape of z without its last dimension, {tuple(z.shape[:-1])}; "
@@ -244,7 +251,7 @@ def _prepare(
         )
     if z.device != codebook.device:
         raise ValueError(f"z is on {z.device} and codebook on {codebook.device}; use one device")
-    temperature = temperature_tensor(temperature, z)
+    temperature = temperature_tensor(temperature, z.device, accumulation_dtype(z, codebook))
     backend = _product_backend(z, codebook, backend)
 
     if codebook.dim() == 2:
@@ -274,8 +281,13 @@ def _choose_backend(z: Tensor, backend: str, obstacle: str | None) -> str:
     return backend
 
 
-def temperature_tensor(temperature: float | Tensor, z: Tensor, name: str = "temperature") -> Tensor:
-    """T () on the device of z. Raises TypeError or ValueError; a tensor on a GPU is not read."""
+def temperature_tensor(
+    temperature: float | Tensor, device: torch.device, dtype: torch.dtype, name: str = "temperature"
+) -> Tensor:
+    """T () on the device; a number becomes of this dtype, a tensor keeps its own.
+
+    Raises TypeError or ValueError; a tensor on a GPU is not read.
+    """
     if isinstance(temperature, Tensor):
         if temperature.dim() != 0 or not temperature.is_floating_point():
             raise ValueError(
@@ -284,12 +296,11 @@ def temperature_tensor(temperature: float | Tensor, z: Tensor, name: str = "temp
             )
         if may_read(temperature):
             check_temperatures(**{name: temperature.item()})
-        return temperature.to(z.device)
+        return temperature.to(device)
     check_temperatures(**{name: temperature})
-    like = {"dtype": torch.promote_types(z.dtype, torch.float32), "device": z.device}
     if torch.compiler.is_compiling():  # each number that is filled in would be another graph
-        return torch.ones((), **like) * temperature
-    return torch.full((), temperature, **like)
+        return torch.ones((), dtype=dtype, device=device) * temperature
+    return torch.full((), temperature, dtype=dtype, device=device)
 
 
 def _as_rows(output: Tensor, z: Tensor, codebook: Tensor) -> Tensor:

@@ -116,6 +116,32 @@ def test_half_precision_rounds_neither_temperatures_nor_distances(dtype):
     torch.testing.assert_close(distance.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_a_number_is_a_temperature_of_the_codebooks_precision():
+    z, codebook = 3 * torch.randn(20, 16), 3 * torch.randn(9, 16).double()
+    found = softvq.soft_quantize(z, codebook, 1e-3).log_partition
+    temperature = torch.tensor(1e-3, dtype=torch.float64)
+    wanted = softvq.soft_quantize(z, codebook, temperature).log_partition
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("limit", [1e-20, 1e20])
+def test_the_limits_of_a_temperature_are_allowed_in_float32(limit):
+    z, codebook = torch.randn(5, 4), torch.randn(3, 4)
+    assert softvq.soft_quantize(z, codebook, torch.tensor(limit)).quantized.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_of_half_precision_codes_is_summed_before_it_is_rounded(dtype):
+    codebook = (0.1 * torch.randn(16, 8)).to(dtype).requires_grad_()
+    z = (codebook.detach().repeat(2000, 1) + 0.03 * torch.randn(32_000, 8)).to(dtype)
+    indices, distance = softvq.nearest_codes(z, codebook)
+    distance.mean().backward()  # a row's share would be lost in float16
+    true = codebook.detach().double().requires_grad_()
+    (z.double() - true[indices]).square().sum(-1).mean().backward()
+    error = (codebook.grad.double() - true.grad).abs().max()
+    assert error <= torch.finfo(dtype).eps * true.grad.abs().max()
+
+
 @pytest.mark.parametrize("heads", [(), (3,)], ids=str)
 def test_gradients_arrive_and_leave_without_a_copy(heads, monkeypatch):
     seen = []
@@ -376,6 +402,10 @@ def test_every_call_names_a_wrong_precision(function):
         (torch.zeros(2, 4), torch.tensor([-1, 4]), ValueError, r"lie in \[0, 5\), got -1 to 4"),
         (torch.zeros(2, 4), torch.tensor([0.0, 1.0]), TypeError, "int64, got torch.float32"),
         (torch.zeros(2, 4).long(), torch.tensor([0, 1]), TypeError, "z must .* got torch.int64"),
+        (torch.zeros(2, 4).to(torch.float8_e5m2), torch.tensor([0, 1]), TypeError, "float8_e5m2"),
+        (torch.tensor(1.0), torch.tensor(0), ValueError, r"z must be \(\.\.\., D\) .* got \(\)"),
+        (torch.zeros(2, 0), torch.tensor([0, 1]), ValueError, r"D of at least 1, got \(2, 0\)"),
+        (torch.zeros(2, 4), torch.zeros(2).long().to("meta"), ValueError, "indices on meta; use"),
     ],
     ids=str,
 )

@@ -258,8 +258,8 @@ class Quantizer(KeepsFloat32):
                 f"indices must be (..., heads) with heads = {self.heads}, "
                 f"got {tuple(indices.shape)}"
             )
-        check_range(-1, self.codebook_size, indices=indices)
         indices = indices.long()  # of bytes, indexing would make a mask
+        check_range(-1, self.codebook_size, indices=indices)
         codes = codes_at(self.codebook, indices.clamp(min=0))
         return codes.masked_fill((indices < 0)[..., None], 0)
 

@@ -2,11 +2,24 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from softvq import losses
 from softvq.distributed.collectives import sum_over_replicas
 from softvq.functional import usage_and_entropy
+
+
+@torch.library.custom_op("softvq::snapshot", mutates_args=())
+def snapshot(x: Tensor) -> Tensor:
+    """A copy, differentiable. A compiler that knows of it, as it does of `clone`, may let the
+    backward pass read x instead, though x has changed by then.
+    """
+    return x.clone()
+
+
+snapshot.register_fake(torch.empty_like)
+snapshot.register_autograd(lambda ctx, gradient: gradient)
 
 
 def batch_regulariser(
@@ -17,7 +30,7 @@ def batch_regulariser(
     In training the mean assignment is that of all replicas' rows; evaluation may be the business of
     one replica alone.
     """
-    codebook = codebook.clone()  # running statistics may move it before the backward pass
+    codebook = snapshot(codebook)  # running statistics may move it before the backward pass
     if z.numel():
         usage, entropy = usage_and_entropy(z, codebook, temperature)
     else:  # nothing, but this replica takes part in the sum below and in its backward pass

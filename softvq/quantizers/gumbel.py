@@ -87,7 +87,8 @@ class GumbelVQ(TemperedQuantizer):
     def _logits_temperature(self) -> Tensor:
         """L, a 0-d tensor."""
         name = "logits_temperature"
-        return temperature_tensor(self.logits_temperature, self.log_temperature, name)
+        log = self.log_temperature
+        return temperature_tensor(self.logits_temperature, log.device, log.dtype, name)
 
     def quantize(self, z: Tensor) -> GumbelQuantized:
         """Sample for latents (..., D), with heads (..., heads, D); in evaluation the nearest."""

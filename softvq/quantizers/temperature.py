@@ -39,4 +39,5 @@ class TemperedQuantizer(Quantizer):
             TypeError, ValueError: neither a number nor a 0-d tensor, or one below 1e-20 or above
                 1e20; a tensor on a GPU is not read.
         """
-        self.log_temperature.copy_(temperature_tensor(temperature, self.log_temperature).log())
+        log = self.log_temperature
+        log.copy_(temperature_tensor(temperature, log.device, log.dtype).log())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.truth import Problem, forward, gradients
-from softvq.kernels import reference
+from softvq.kernels import reference, streaming
 
 ALL = ("quantized", "log_partition", "entropy", "usage")
 
@@ -52,3 +52,13 @@ def test_probability_sums():
     values = torch.randn(2, 5, 4, dtype=torch.float64)
     p = (-torch.cdist(inputs.z, inputs.codebook).square() / inputs.temperature).softmax(-1)
     torch.testing.assert_close(reference.probability_sums(*inputs, values), p.mT @ values)
+
+
+def test_probabilities_of_large_scores():
+    """Of 10⁴ and more, for small T; in float32 the log-partition has no digits left for them."""
+    codebook = torch.randn(1, 25, 32)
+    codebook = torch.cat([codebook, codebook + 5e-5 * torch.randn(1, 25, 32)], 1)
+    inputs = Problem(torch.randn(1, 64, 32), codebook, torch.tensor(1e-3))
+    quantized = reference.soft_forward(*inputs)[0]
+    wanted = streaming.soft_forward(*(x.double() for x in inputs))
+    torch.testing.assert_close(quantized.double(), wanted[0], rtol=0, atol=1e-5)

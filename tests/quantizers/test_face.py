@@ -1,5 +1,7 @@
 """What all quantizers share: the call, layouts, heads, codes and indices, compiling."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -251,6 +253,22 @@ def test_compiles_without_a_break(kind, options):
         torch.testing.assert_close(value, other.state_dict()[name])
 
 
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="needs a C++ compiler"
+)
+@pytest.mark.parametrize("heads", [{}, SEPARATE], ids=str)
+def test_compiled_the_regulariser_has_the_gradient_at_the_codes_of_its_forward(heads):
+    """Which the same call moves: a copy that the compiler sees through would not keep them."""
+    torch.compiler.reset()
+    vq = layer(EMAVQ, decay=0.5, entropy_weight=1.0, **heads)
+    other = layer(EMAVQ, decay=0.5, entropy_weight=1.0, **heads)
+    other.load_state_dict(vq.state_dict())
+    x = torch.randn(64, DIM, requires_grad=True)
+    compiled = torch.compile(other, fullgraph=True)  # by inductor
+    grads = [torch.autograd.grad(module(x)[2], x)[0] for module in (vq, compiled)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-7)
+
+
 def test_exported_for_inference():
     """An exported graph has the forward alone, also where gradients are on."""
     vq, x = layer(SoftVQ).eval(), torch.randn(40, DIM, requires_grad=True)
@@ -277,7 +295,7 @@ def test_print_shows_the_sizes():
 
 def test_indices_of_any_whole_number():
     vq, indices = layer(VQ), torch.tensor([1, 0, 2])
-    for dtype in (torch.uint8, torch.int32):
+    for dtype in (torch.uint8, torch.uint16, torch.int32):
         assert torch.equal(vq.get_codes_from_indices(indices.to(dtype)), vq.codebook[indices])
     for dtype in (torch.bool, torch.float32):
         with pytest.raises(TypeError, match=f"indices must be whole numbers, got {dtype}"):
