@@ -35,6 +35,9 @@ from softvq.kernels.prologue import PreparedCodebook
 # are kept for the backward, what these leave of the second.
 PARTIAL_BYTES, BACKWARD_BYTES = 8 * 2**20, 20 * 2**20
 _CHUNK = 128  # rows; a multiple of the tiles'
+# Tiles of a range where probabilities alone are added: nearly equal numbers, one behind the other,
+# all round the same way.
+_USAGE_TILES = 32
 
 
 def launch(
@@ -68,15 +71,17 @@ def launch(
 
     def run(tile: tiles.Tile):
         blocks = triton.cdiv(codes, tile.codes)
+        row_blocks = triton.cdiv(rows, tile.rows)
         splits = _splits(
             programs=blocks * heads,
-            most=triton.cdiv(rows, tile.rows),
+            most=row_blocks,
             partial_bytes=4 * heads * padded_codes * width,
             rows=rows * heads,
             together=processors * tiles.resident(kernel, how.operands, dim, tile),
+            least=1 if width > 1 else triton.cdiv(row_blocks, _USAGE_TILES),
         )
         # In whole tiles, so that only the last range ends inside one.
-        rows_per_split = triton.cdiv(triton.cdiv(rows, tile.rows), splits) * tile.rows
+        rows_per_split = triton.cdiv(row_blocks, splits) * tile.rows
         shape = (splits, heads, padded_codes, width)
         chunk = _CHUNK if how.split_all and width > 1 else 0
         partial = (z.new_zeros if chunk else z.new_empty)(shape, dtype=torch.float32)
@@ -97,14 +102,18 @@ def launch(
 
 
 @functools.lru_cache
-def _splits(programs: int, most: int, partial_bytes: int, rows: int, together: int) -> int:
+def _splits(
+    programs: int, most: int, partial_bytes: int, rows: int, together: int, least: int = 1
+) -> int:
     """Into how many ranges, at most, the rows are cut, if one takes so many programs: into the
-    fewest that processors which run so many together finish, within a twentieth, first.
+    fewest, from `least` on, that processors which run so many together finish, within a twentieth,
+    first.
     """
     memory = max(PARTIAL_BYTES, BACKWARD_BYTES - 12 * rows) // partial_bytes
-    most = max(1, min(most, memory, triton.cdiv(4 * together, programs)))
-    times = [triton.cdiv(splits * programs, together) / splits for splits in range(1, most + 1)]
-    return 1 + next(i for i, time in enumerate(times) if time <= 1.05 * min(times))
+    most = max(1, min(most, memory, max(least, triton.cdiv(4 * together, programs))))
+    choices = range(min(least, most), most + 1)
+    times = [triton.cdiv(splits * programs, together) / splits for splits in choices]
+    return choices[next(i for i, time in enumerate(times) if time <= 1.05 * min(times))]
 
 
 @triton.jit

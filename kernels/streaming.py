@@ -146,10 +146,16 @@ def probability_sums(
     sums = z.new_zeros((heads, 1 if values is None else values.shape[2], codes), dtype=dtype)
     for h in range(heads):
         softmax = BlockSoftmax(codebook[h], dtype, temperature, rows, precision)
+        lost = 0.0
         for block in softmax.blocks():
             softmax.run(z[h, block].to(dtype) - softmax.centre)
-            if values is None:  # a product with ones would add one row after the other
-                sums[h] += softmax.probabilities().sum(0)
+            if values is None:
+                # Nearly equal numbers, added in turn, all round the same way: what the sum loses
+                # with a block is added to the next one (Kahan). A product could round to tf32.
+                more = softmax.probabilities().sum(0) - lost
+                total = sums[h] + more
+                lost = total - sums[h] - more
+                sums[h] = total
             else:
                 sums[h].addmm_((values[h, block].to(dtype) / softmax.total).T, softmax.weights)
     return sums.mT.contiguous()

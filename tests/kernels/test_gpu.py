@@ -162,6 +162,22 @@ def assert_near_float64(draw_problem: Callable[[], Problem], **how) -> None:
         error.assert_no_worse(3 if over_rows else 2, name)
 
 
+def test_usage_that_hardly_differs_from_row_to_row():
+    """A million nearly equal numbers, which all round the same way where they are added in turn."""
+    problem = draw(1, 2**20, 1000, 16, torch.bfloat16, torch.bfloat16)
+    problem = problem._replace(temperature=torch.tensor(1e3, device=DEVICE))
+    usage = fused.probability_sums(*problem, None)[..., 0] / 2**20
+    blocks = [problem._replace(z=z) for z in problem.z.split(2**16, 1)]
+    with torch.no_grad():
+        plain, truth = (
+            sum(forward(block.to(dtype))["usage"] for block in blocks) / len(blocks)
+            for dtype in (torch.float32, torch.float64)
+        )
+    error = Errors()
+    error.add(usage, plain, truth)
+    error.assert_no_worse(3, "usage")
+
+
 @pytest.mark.parametrize("codes", [1000, 8192])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)

@@ -254,6 +254,13 @@ def test_partial_sums_are_bounded():
     assert splits(partial_bytes=2**10, programs=1000) == 1
 
 
+def test_ranges_are_no_longer_than_they_may_be():
+    splits = partial(code_sweep._splits, programs=1000, rows=10**6, together=8)
+    assert splits(most=100, partial_bytes=2**10, least=30) == 30
+    assert splits(most=20, partial_bytes=2**10, least=30) == 20
+    assert splits(most=100, partial_bytes=2**20, least=30) == 8  # memory goes first
+
+
 def test_programs_fill_the_processors():
     splits = partial(code_sweep._splits, most=100, partial_bytes=1, rows=1, together=264)
     assert splits(programs=8) == 32  # 256 programs, of 264 that run together
