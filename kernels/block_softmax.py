@@ -19,7 +19,7 @@ from softvq.kernels.products import float32_products, tf32_parts
 
 BLOCK_ELEMENTS = 2**21  # rows × codes in one buffer: 8 MB of float32
 MIN_ROWS, MAX_ROWS = 32, 2048
-ON_A_GPU = 8  # times as many of all three
+ON_A_GPU = 8  # times as many elements, and rows at most
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
 
@@ -48,7 +48,8 @@ class BlockSoftmax:
         if self.in_parts:
             code, bias = columns
             high, low = tf32_parts(code, 2)
-            columns = [high, low, high, *tf32_parts(bias, 3)]  # small terms first
+            # Against [z_low, z_high, z_high, 1, 1, 1]: of the products the small terms first.
+            columns = [high, low, high, *tf32_parts(bias, 3)]
             # A matrix unit wants rows of whole 16 bytes.
             columns.append(bias.new_zeros(len(bias), -3 * (code.shape[1] + 1) % 4))
         self.affine = torch.cat(columns, 1)
@@ -84,6 +85,14 @@ class BlockSoftmax:
             return gradient, self.codebook.T
         dim = gradient.shape[1]
         return torch.cat([gradient, gradient], 1), self.affine[:, dim : 3 * dim].T
+
+    def weighted_codes(self) -> Tensor:
+        """Σ_k w_k c_k (R, D), c_k exact, of the unnormalised weights."""
+        if not self.in_parts:
+            return self.weights @ self.codebook
+        dim = self.codebook.shape[1]
+        low, high = (self.weights @ self.affine[:, dim : 3 * dim]).chunk(2, 1)
+        return low + high
 
     def run(self, latents: Tensor) -> None:
         """Scores, unnormalised weights and their sums of centred latents (R, D)."""
@@ -137,11 +146,14 @@ def first_maximum(scores: Tensor) -> Tensor:
 
 def takes_tf32(codebook: Tensor, precision: str) -> bool:
     """Whether a matrix unit is there and may take products of this codebook."""
-    single = codebook.is_cuda and codebook.dtype == torch.float32
-    return single and precision != "highest" and torch.cuda.is_tf32_supported()
+    if not codebook.is_cuda or codebook.dtype != torch.float32 or precision == "highest":
+        return False
+    has_tf32 = torch.cuda.get_device_properties(codebook.device).major >= 8
+    return has_tf32 and torch.version.hip is None
 
 
 def rows_per_block(rows: int, codebook: Tensor) -> int:
     """How many rows meet the codebook (K, D) at once."""
-    most = max(MIN_ROWS, min(MAX_ROWS, BLOCK_ELEMENTS // len(codebook)))
-    return min(rows, most * ON_A_GPU if codebook.is_cuda else most)
+    times = ON_A_GPU if codebook.is_cuda else 1
+    most = min(times * MAX_ROWS, times * BLOCK_ELEMENTS // len(codebook))
+    return min(rows, max(MIN_ROWS, most))

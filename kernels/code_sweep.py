@@ -78,7 +78,7 @@ def launch(
             partial_bytes=4 * heads * padded_codes * width,
             rows=rows * heads,
             together=processors * tiles.resident(kernel, how.operands, dim, tile),
-            least=1 if width > 1 else triton.cdiv(row_blocks, _USAGE_TILES),
+            least=1 if width > 1 else max(1, triton.cdiv(row_blocks, _USAGE_TILES)),
         )
         # In whole tiles, so that only the last range ends inside one.
         rows_per_split = triton.cdiv(row_blocks, splits) * tile.rows

@@ -37,12 +37,12 @@ def _register(signature: str, fake) -> None:
         *inputs, precision, backend = args
         function = getattr(import_module(BACKENDS[backend]), name)
         z = inputs[0]
-        precision = precision or torch_precision(z.device)
-        products = nullcontext()  # the fused kernels have their own
         if backend == "reference":
             precision = "highest"  # the specification is exact
         elif backend == "streaming" and z.dtype.itemsize == 2:
-            precision = "high"  # tf32 has their digits
+            precision = precision or "high"  # tf32 has their digits
+        precision = precision or torch_precision(z.device)
+        products = nullcontext()  # the fused kernels have their own
         if backend != "triton":
             products = float32_products(precision, z.device)
         # Autocast would lower the products of plain PyTorch. And what differentiates them is not

@@ -54,13 +54,16 @@ def float32_products(precision: str, device: torch.device) -> Iterator[None]:
 def tf32_parts(x: Tensor, count: int) -> list[Tensor]:
     """`count` float32 tensors of tf32's 11 bits each, the largest first, whose sum x nearly is.
 
-    A matrix unit that takes float32 for tf32 multiplies them as they are.
+    A matrix unit that takes float32 for tf32 multiplies them as they are. What is not finite is in
+    the first, and the others are then 0.
     """
     parts = []
     for _ in range(count):
-        rounded = (x.view(torch.int32) + 2**12) & -(2**13)  # to the nearest
-        parts.append(rounded.view(torch.float32))
-        x = x - parts[-1]
+        # To the nearest. A GPU's NaN has all bits set: it would become a zero.
+        rounded = ((x.view(torch.int32) + 2**12) & -(2**13)).view(torch.float32)
+        whole = ~(x.isfinite() & rounded.isfinite())
+        parts.append(torch.where(whole, x, rounded))
+        x = torch.where(whole, 0.0, x - rounded)
     return parts
 
 

@@ -4,7 +4,7 @@ Rows are independent, so a block of rows meets the whole codebook, leaves its ou
 forgotten. The backward repeats the block's softmax from z and C instead of loading it: nothing has
 to be saved, and the probabilities sum to one whatever rounding did in between.
 
-Every function takes a precision. Whatever it is, scores are as good as exact float32 products; the
+Every function takes a precision. Whatever it is, scores are nearly as good as float32 products; the
 other products are as torch is set to multiply.
 """
 
@@ -34,7 +34,7 @@ def soft_forward(
             softmax.run(latents)
             total = softmax.total[:, 0]
             best = softmax.indices()
-            mean = softmax.weights @ softmax.codebook / softmax.total
+            mean = softmax.weighted_codes() / softmax.total
             quantized[h, block] = mean + softmax.centre
             indices[h, block] = best
             log_partition[h, block] = softmax.score_at(best, latents) + total.log()

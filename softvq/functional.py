@@ -68,9 +68,9 @@ def soft_quantize(
         precision: how the fused kernels may multiply float32 latents: "highest" is as accurate as
             float32 products, "high" only in the scores (the rest has bfloat16 operands), "medium"
             has bfloat16 operands throughout; None follows `torch.get_float32_matmul_precision()`.
-            "streaming" has scores as good as float32 products in any case, and multiplies the rest
-            as torch does at this precision, or at "high" for 16-bit latents; "reference" is always
-            float32.
+            "streaming" has scores nearly as good as float32 products in any case, and multiplies
+            the rest as torch does at this precision, by default at "high" for 16-bit latents;
+            "reference" is always float32.
 
     Raises:
         TypeError: a tensor that is not floating point, a temperature that is no number.

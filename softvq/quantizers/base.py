@@ -300,8 +300,10 @@ class Quantizer(KeepsFloat32):
 
 def _take_codes_as_placed(quantizer: Quantizer, state: dict, prefix: str, *_: object) -> None:
     """k-means leaves the codes of a checkpoint that does not say whether they have been placed."""
-    if prefix + quantizer.codes_name in state:
-        state.setdefault(prefix + "initialised", torch.ones(()))
+    codes = state.get(prefix + quantizer.codes_name)
+    if codes is not None:
+        placed = torch.ones((), dtype=quantizer.initialised.dtype, device=codes.device)
+        state.setdefault(prefix + "initialised", placed)
 
 
 def _read_initialised(quantizer: Quantizer, _: object) -> None:

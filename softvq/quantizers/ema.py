@@ -12,6 +12,7 @@ from softvq.precise import precise_dtype
 from softvq.quantizers.base import Quantizer
 from softvq.quantizers.kmeans import replica_code_sums
 from softvq.quantizers.restart import restart_codes
+from softvq.quantizers.snapshot import snapshot
 from softvq.quantizers.straight_through import NearestCodes, nearest_straight_through
 from softvq.quantizers.types import QuantizerOptions
 
@@ -104,7 +105,8 @@ class EMAVQ(Quantizer):
 
     def quantize(self, z: Tensor) -> NearestCodes:
         """The nearest codes of latents (..., D), with heads (..., heads, D)."""
-        return nearest_straight_through(z, self.codebook, self.rotation_trick)
+        codebook = snapshot(self.codebook) if self.training else self.codebook
+        return nearest_straight_through(z, codebook, self.rotation_trick)
 
     def _loss(
         self, z: Tensor, out: NearestCodes, entropy_regulariser: Tensor

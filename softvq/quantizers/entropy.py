@@ -2,24 +2,12 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from softvq import losses
 from softvq.distributed.collectives import sum_over_replicas
 from softvq.functional import usage_and_entropy
-
-
-@torch.library.custom_op("softvq::snapshot", mutates_args=())
-def snapshot(x: Tensor) -> Tensor:
-    """A copy, differentiable. A compiler that knows of it, as it does of `clone`, may let the
-    backward pass read x instead, though x has changed by then.
-    """
-    return x.clone()
-
-
-snapshot.register_fake(torch.empty_like)
-snapshot.register_autograd(lambda ctx, gradient: gradient)
+from softvq.quantizers.snapshot import snapshot
 
 
 def batch_regulariser(

@@ -73,7 +73,7 @@ def test_precision_set_by_the_newer_name(set_precision, newer, name):
     assert_same(results, explicit(*tensors)[name])
 
 
-REDUCED = {"high": {"ieee", "tf32"}, "medium": {"ieee", "tf32"}}
+REDUCED = {"high": {"tf32"}, "medium": {"tf32"}}
 if DEVICE == "cpu":
     REDUCED = {"high": {"ieee"}, "medium": {"ieee", "bf16"}}
 

@@ -256,6 +256,35 @@ def test_parts_are_taken_as_they_are():
         assert ((sum(parts[:count]) - x).abs() <= 2.0 ** (-11 * count) * x.abs()).all()
 
 
+def test_parts_of_what_is_not_finite():
+    """A GPU's NaN is 0x7fffffff; and what rounding would bring to infinity stays as it is."""
+    nans = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000], dtype=torch.int32).view(torch.float32)
+    first, *rest = tf32_parts(nans, 3)
+    assert first.isnan().all() and not any(part.any() for part in rest)
+    large = torch.tensor([torch.inf, -torch.inf, torch.finfo(torch.float32).max])
+    first, *rest = tf32_parts(large, 3)
+    assert torch.equal(first, large) and not any(part.any() for part in rest)
+
+
+def test_a_code_beyond_all_on_a_matrix_unit(on_a_matrix_unit):
+    """Its norm is infinite, its weight zero, and the others are as they were."""
+    problem = make(1, 40, 30, 48)
+    problem.codebook[0, 5] *= 1e30
+    others = torch.arange(30) != 5
+    alone = problem._replace(codebook=problem.codebook[:, others])
+    found = on_a_matrix_unit.soft_forward(*problem, precision="high")
+    wanted = streaming.soft_forward(*alone)
+    assert found[0].isfinite().all()
+    torch.testing.assert_close(found[2], wanted[2], rtol=1e-4, atol=1e-4)
+
+
+def test_a_mixture_of_one_code_is_that_code_on_a_matrix_unit(on_a_matrix_unit):
+    codebook = torch.randn(1, 30, 48).half()
+    problem = (codebook.repeat(1, 3, 1), codebook, torch.tensor(1e-3))
+    quantized = on_a_matrix_unit.soft_forward(*problem, precision="high")[0]
+    assert torch.equal(quantized, problem[0])
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers the most elements any operation inside put into one tensor."""
 

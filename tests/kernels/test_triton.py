@@ -308,6 +308,9 @@ def test_no_rows():
     (out.quantized.sum() + out.log_partition.sum() + out.entropy.sum()).backward()
     assert z.grad.shape == (0, 5)
     assert torch.equal(codebook.grad, torch.zeros_like(codebook)) and temperature.grad == 0
+    usage, entropy = softvq.usage_and_entropy(z, codebook, temperature, backend="triton")
+    assert usage.isnan().all() and entropy.shape == (0,)
+    assert softvq.code_usage(z, codebook, temperature, backend="triton").isnan().all()
 
 
 def test_what_the_kernels_do_not_take(monkeypatch):

@@ -6,6 +6,7 @@ import torch
 import softvq
 from softvq import losses
 from softvq.quantizers import EMAVQ, VQ, GumbelVQ, SoftVQ
+from softvq.quantizers.snapshot import snapshot
 
 DIM, CODES = 6, 10
 
@@ -55,3 +56,9 @@ def test_an_unused_code_leaves_the_regulariser_finite():
     value = losses.entropy_regulariser(torch.zeros(3), usage)
     value.backward()
     assert value == 0 and usage.grad.isfinite().all()
+
+
+def test_opcheck_of_the_copy():
+    x = torch.randn(3, 4, requires_grad=True)
+    for view in (x, x.mT, x[:, ::2], x[:1].expand(5, 4)):
+        torch.library.opcheck(snapshot, (view,))

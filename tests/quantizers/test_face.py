@@ -257,15 +257,18 @@ def test_compiles_without_a_break(kind, options):
     not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="needs a C++ compiler"
 )
 @pytest.mark.parametrize("heads", [{}, SEPARATE], ids=str)
-def test_compiled_the_regulariser_has_the_gradient_at_the_codes_of_its_forward(heads):
-    """Which the same call moves: a copy that the compiler sees through would not keep them."""
+def test_compiled_everything_reads_the_codes_that_the_same_call_then_moves(heads):
+    """A copy that the compiler sees through would not keep them."""
     torch.compiler.reset()
     vq = layer(EMAVQ, decay=0.5, entropy_weight=1.0, **heads)
     other = layer(EMAVQ, decay=0.5, entropy_weight=1.0, **heads)
     other.load_state_dict(vq.state_dict())
     x = torch.randn(64, DIM, requires_grad=True)
     compiled = torch.compile(other, fullgraph=True)  # by inductor
-    grads = [torch.autograd.grad(module(x)[2], x)[0] for module in (vq, compiled)]
+    results = [module(x) for module in (vq, compiled)]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    grads = [torch.autograd.grad(loss, x)[0] for _, _, loss in results]
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-7)
 
 

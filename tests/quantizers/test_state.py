@@ -35,6 +35,17 @@ def test_a_module_without_memory_takes_a_part_of_a_checkpoint(kind):
 
 
 @each
+def test_a_checkpoint_is_said_to_be_placed_where_its_codes_are(kind):
+    """Not where tensors are made by default, and in the dtype of a converted model."""
+    state = kind(DIM, CODES).half().state_dict()
+    del state["initialised"]
+    vq = kind(DIM, CODES, kmeans_init=True).half()
+    with torch.device("meta"):
+        vq.load_state_dict(state, assign=True)
+    assert vq.initialised and vq.initialised.dtype == torch.float16
+
+
+@each
 @pytest.mark.parametrize("strict", [True, False])
 def test_kmeans_leaves_a_checkpoint_that_does_not_say_that_codes_are_placed(kind, strict):
     """Another library's, renamed: it has codes and no such buffer."""
