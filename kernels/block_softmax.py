@@ -53,6 +53,8 @@ class BlockSoftmax:
             # A matrix unit wants rows of whole 16 bytes.
             columns.append(bias.new_zeros(len(bias), -3 * (code.shape[1] + 1) % 4))
         self.affine = torch.cat(columns, 1)
+        if self.in_parts:
+            self.low_and_high = self.affine[:, code.shape[1] : 3 * code.shape[1]]  # (K, 2D)
         self.temperature = temperature
         # Products of a weight and a gradient must not become denormal either.
         self.floor = math.log2(torch.finfo(dtype).tiny) + 26
@@ -83,15 +85,13 @@ class BlockSoftmax:
         """Two matrices whose product is g·c (R, K) of rows g (R, D), exact for 16-bit gradients."""
         if not self.in_parts:
             return gradient, self.codebook.T
-        dim = gradient.shape[1]
-        return torch.cat([gradient, gradient], 1), self.affine[:, dim : 3 * dim].T
+        return torch.cat([gradient, gradient], 1), self.low_and_high.T
 
     def weighted_codes(self) -> Tensor:
         """Σ_k w_k c_k (R, D), c_k exact, of the unnormalised weights."""
         if not self.in_parts:
             return self.weights @ self.codebook
-        dim = self.codebook.shape[1]
-        low, high = (self.weights @ self.affine[:, dim : 3 * dim]).chunk(2, 1)
+        low, high = (self.weights @ self.low_and_high).chunk(2, 1)
         return low + high
 
     def run(self, latents: Tensor) -> None:

@@ -61,9 +61,10 @@ def tf32_parts(x: Tensor, count: int) -> list[Tensor]:
     for _ in range(count):
         # To the nearest. A GPU's NaN has all bits set: it would become a zero.
         rounded = ((x.view(torch.int32) + 2**12) & -(2**13)).view(torch.float32)
-        whole = ~(x.isfinite() & rounded.isfinite())
-        parts.append(torch.where(whole, x, rounded))
-        x = torch.where(whole, 0.0, x - rounded)
+        rest = x - rounded
+        splits = rest.isfinite()
+        parts.append(torch.where(splits, rounded, x))
+        x = torch.where(splits, rest, 0.0)
     return parts
 
 

@@ -49,7 +49,8 @@ def check_decay(decay: float) -> None:
 
 def _check_numbers(what: str, fits: Callable[[Any], bool], options: dict[str, object]) -> None:
     for name, value in options.items():
-        if not isinstance(value, (Real, Tensor)) or (isinstance(value, Tensor) and value.dim()):
+        single = value.dim() == 0 if isinstance(value, Tensor) else isinstance(value, Real)
+        if not single:
             raise TypeError(f"{name} must be {what}, got {value!r}")
         if not fits(value):
             raise ValueError(f"{name} must be {what}, got {value}")

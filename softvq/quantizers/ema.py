@@ -105,7 +105,9 @@ class EMAVQ(Quantizer):
 
     def quantize(self, z: Tensor) -> NearestCodes:
         """The nearest codes of latents (..., D), with heads (..., heads, D)."""
-        codebook = snapshot(self.codebook) if self.training else self.codebook
+        codebook = self.codebook
+        if self.training and torch.compiler.is_compiling():  # may read it after `_learn`
+            codebook = snapshot(codebook)
         return nearest_straight_through(z, codebook, self.rotation_trick)
 
     def _loss(
