@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> int:
         bounded_memory()
     batch = options.batch or (16 if options.quick else 1024 if gpu else 64)
     sizes = options.codes or ([512] if options.quick else [512, 4096, 16384][: 3 if gpu else 2])
-    rows = [row for codes in sizes for row in measure(Size(device, batch, codes), 20 if gpu else 3)]
+    rows = [row for codes in sizes for row in measure(Size(device, batch, codes), 20)]
     written = results.replace("step", rows)
     report(written)
     print(f"\nwritten to {results.path}")
