@@ -1,7 +1,6 @@
 """The streaming backend against float64 truth, measured beside plain PyTorch in the same dtype."""
 
 import itertools
-from collections.abc import Callable
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -13,7 +12,6 @@ from bench.bounds import (
     ALL,
     REDUCED_PRECISION,
     check,
-    errors_over_draws,
     far_code,
     incoming_for,
     make,
@@ -224,21 +222,15 @@ def on_a_matrix_unit(monkeypatch):
 @pytest.mark.parametrize("shape", [(2, 130, 64, 48), (1, 67, 192, 300), (1, 40, 30, 513)], ids=str)
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 100.0])
 def test_half_precision_on_a_matrix_unit(on_a_matrix_unit, dtype, shape, temperature):
-    check_parts(on_a_matrix_unit, lambda: make(*shape, temperature=temperature), dtype)
+    # At T = 0.1 few rows are undecided: in eight draws one of them may be all there is.
+    how = {"precision": "high", "matmul": matmul_in(dtype), "draws": 32}
+    check(on_a_matrix_unit, lambda: make(*shape, temperature=temperature), dtype, **how)
 
 
 @pytest.mark.parametrize("offset", [10.0, 1e3])
 def test_bfloat16_far_from_zero_on_a_matrix_unit(on_a_matrix_unit, offset):
-    check_parts(on_a_matrix_unit, lambda: make(1, 130, 67, 48, offset=offset), torch.bfloat16)
-
-
-def check_parts(backend: SimpleNamespace, draw: Callable[[], Problem], dtype: torch.dtype) -> None:
-    """As `check`, but outputs have 3× too: a score in parts is a sum of three times as many terms,
-    added up in an order that depends on the processor.
-    """
-    how = {"precision": "high", "matmul": matmul_in(dtype)}
-    for name, error in errors_over_draws(backend, draw, dtype, **how).items():
-        error.assert_no_worse(3, name)
+    how = {"precision": "high", "matmul": matmul_in(torch.bfloat16)}
+    check(on_a_matrix_unit, lambda: make(1, 130, 67, 48, offset=offset), torch.bfloat16, **how)
 
 
 @pytest.mark.parametrize("dim", [5, 48, 300])
