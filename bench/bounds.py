@@ -8,6 +8,8 @@ import torch
 from bench.truth import Errors, Problem, forward, gradients
 
 ALL = ("quantized", "log_partition", "entropy", "usage")
+GRADIENTS = ("grad z", "grad codebook", "grad temperature")
+ORDERS = 4  # of the features, in which plain PyTorch adds them up
 
 
 def make(heads, rows, codes, dim, temperature=1.0, offset=0.0, device="cpu") -> Problem:
@@ -16,6 +18,19 @@ def make(heads, rows, codes, dim, temperature=1.0, offset=0.0, device="cpu") -> 
         torch.randn(heads, codes, dim, device=device) + offset,
         torch.tensor(temperature, device=device),
     )
+
+
+def undecided(heads, rows, codes, dim, temperature=1.0, device="cpu") -> Problem:
+    """Latents half way between two codes, give or take T.
+
+    At a small T a random latent has one code, however its distances are rounded: the largest error
+    of thousands is then that of a row or two, and how it compares with another a matter of luck.
+    """
+    problem = make(heads, rows, codes, dim, temperature, device=device)
+    of_head = torch.arange(heads, device=device)[:, None]
+    first, second = torch.randint(codes, (2, heads, rows), device=device)
+    middle = (problem.codebook[of_head, first] + problem.codebook[of_head, second]) / 2
+    return problem._replace(z=middle + temperature / (4 * dim**0.5) * problem.z)
 
 
 def incoming_for(problem: Problem) -> dict[str, torch.Tensor]:
@@ -32,6 +47,34 @@ def run(backend: ModuleType, problem: Problem, **options) -> dict[str, torch.Ten
     return outputs | {"indices": indices, "row_state": row_state}
 
 
+def results(
+    problem: Problem, incoming: dict[str, torch.Tensor], matmul=torch.matmul
+) -> dict[str, torch.Tensor]:
+    """Outputs of plain PyTorch, and its gradients for the incoming gradients, by name."""
+    grads = gradients(problem, incoming, matmul)
+    return forward(problem, matmul) | {f"grad {name}": grad for name, grad in grads.items()}
+
+
+def plain_results(
+    given: Problem, incoming: dict[str, torch.Tensor], order: torch.Tensor, matmul
+) -> dict[str, torch.Tensor]:
+    """What plain float32 PyTorch makes of the features in this order (D), and so in the scores of
+    other roundings; brought back to the given order."""
+    z, codebook, temperature = given
+    ordered = Problem(z[..., order], codebook[..., order], temperature).to(torch.float32)
+    features = {"quantized", "grad z", "grad codebook"}
+    incoming = {name: x[..., order] if name in features else x for name, x in incoming.items()}
+    found = results(ordered, incoming, matmul)
+    if z.dtype != codebook.dtype:
+        # What the scores decide; in them, the codes are in two parts of the latents' dtype.
+        high = ordered.codebook.to(z.dtype)
+        low = (ordered.codebook - high).to(z.dtype)
+        exact = forward(ordered._replace(codebook=high.float() + low.float()))
+        found |= {name: x for name, x in exact.items() if name != "quantized"}
+    back = order.argsort()
+    return {name: x[..., back] if name in features else x for name, x in found.items()}
+
+
 def errors_over_draws(
     backend: ModuleType,
     draw: Callable[[], Problem],
@@ -43,36 +86,31 @@ def errors_over_draws(
 ) -> dict[str, Errors]:
     """Errors of outputs and gradients, the backend's and plain float32 PyTorch's, over draws.
 
+    Where a row or two decide, between codes that are nearly as near, plain PyTorch's error is a
+    matter of luck: it is the largest of several orders in which it can add up the features.
     With `matmul` plain PyTorch multiplies otherwise; with a `dtype` of None the drawn dtypes stay.
     """
-    errors = {name: Errors() for name in (*ALL, "grad z", "grad codebook", "grad temperature")}
+    errors = {name: Errors() for name in (*ALL, *GRADIENTS)}
     errors["entropy"].floor = 1.0
     for _ in range(draws):
         # The rounded inputs are the problem.
         given = draw() if dtype is None else draw().to(dtype)
-        plain_inputs, true_inputs = given.to(torch.float32), given.to(torch.float64)
-        plain, truth = forward(plain_inputs, matmul), forward(true_inputs)
-        if given.z.dtype != given.codebook.dtype:
-            # What the scores decide; in them, the codes are in two parts of the latents' dtype.
-            high = plain_inputs.codebook.to(given.z.dtype)
-            low = (plain_inputs.codebook - high).to(given.z.dtype)
-            exact = forward(plain_inputs._replace(codebook=high.float() + low.float()))
-            plain |= {name: x for name, x in exact.items() if name != "quantized"}
-        incoming = {name: torch.randn_like(plain[name]) for name in names}
-        incoming = {name: x.to(given.z.dtype) for name, x in incoming.items()}
-
-        outputs = run(backend, given, **options)
-        for name in ALL:
-            errors[name].add(outputs[name], plain[name], truth[name])
+        incoming = incoming_for(given.to(torch.float32))
+        incoming = {name: incoming[name].to(given.z.dtype) for name in names}
+        found = run(backend, given, **options)
         grads = backend.soft_backward(
             *(x.detach() for x in given),
             *(incoming.get(name) for name in ALL),
-            *(True, True, True, *(outputs[name] for name in ("quantized", "indices", "row_state"))),
+            *(True, True, True, *(found[name] for name in ("quantized", "indices", "row_state"))),
             **options,
         )
-        plain, truth = gradients(plain_inputs, incoming, matmul), gradients(true_inputs, incoming)
-        for name, grad in zip(("z", "codebook", "temperature"), grads, strict=True):
-            errors[f"grad {name}"].add(grad, plain[name], truth[name])
+        found |= dict(zip(GRADIENTS, grads, strict=True))
+        truth = results(given.to(torch.float64), incoming)
+        dim, device = given.z.shape[-1], given.z.device
+        for order in [torch.arange(dim), *(torch.randperm(dim) for _ in range(ORDERS - 1))]:
+            plain = plain_results(given, incoming, order.to(device), matmul)
+            for name, error in errors.items():
+                error.add(found[name], plain[name], truth[name])
     return errors
 
 

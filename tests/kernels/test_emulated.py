@@ -37,11 +37,15 @@ for_blackwell = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize(
-    "architecture", ["80", "120", "90", pytest.param("100", marks=for_blackwell)]
-)
+@pytest.mark.parametrize("architecture", ["80", "90", pytest.param("100", marks=for_blackwell)])
 def test_within_the_bounds_of_the_tests(architecture, tmp_path):
     assert len(emulate(tmp_path, "--quick", "--architecture", architecture)) == 18
+
+
+def test_tiles_of_consumer_cards(tmp_path):
+    """Ampere's products in smaller tiles."""
+    what = ["--quick", "--inputs", "bf16", "--architecture", "120"]
+    assert len(emulate(tmp_path, *what)) == 9
 
 
 @pytest.mark.parametrize(

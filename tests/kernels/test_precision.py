@@ -29,26 +29,28 @@ def set_precision():
     torch.set_float32_matmul_precision("highest")
 
 
-def explicit(*tensors) -> dict[str, list[torch.Tensor]]:
-    """The fused results by the name of their precision; different from one another."""
-    names = ("highest", "high", "medium")
+@pytest.fixture(scope="module")
+def explicit() -> tuple[tuple[torch.Tensor, ...], dict[str, list[torch.Tensor]]]:
+    """Inputs, and the fused results by the name of their precision; different from one another."""
+    torch.manual_seed(0)
+    tensors, names = inputs(), ("highest", "high", "medium")
     results = {
         name: with_gradients(every_result, *tensors, backend="triton", precision=name)
         for name in names
     }
     assert not torch.equal(results["highest"][0], results["high"][0])
     assert not torch.equal(results["high"][0], results["medium"][0])
-    return results
+    return tensors, results
 
 
 @needs_triton
-def test_precision_follows_the_setting_of_torch(set_precision):
-    tensors = inputs()
-    for name, expected in explicit(*tensors).items():
+def test_precision_follows_the_setting_of_torch(set_precision, explicit):
+    tensors, results = explicit
+    for name, expected in results.items():
         set_precision(name)
         assert_same(with_gradients(every_result, *tensors, backend="triton"), expected)
     chosen = with_gradients(every_result, *tensors, backend="triton", precision="highest")
-    assert_same(chosen, explicit(*tensors)["highest"])
+    assert_same(chosen, results["highest"])
 
 
 @needs_triton
@@ -66,11 +68,10 @@ def test_nearest_follows_the_setting_too(set_precision):
 
 @needs_triton
 @pytest.mark.parametrize(("newer", "name"), [("tf32", "high"), ("ieee", "highest")])
-def test_precision_set_by_the_newer_name(set_precision, newer, name):
-    tensors = inputs()
+def test_precision_set_by_the_newer_name(set_precision, explicit, newer, name):
+    tensors, results = explicit
     SETTING.fp32_precision = newer
-    results = with_gradients(every_result, *tensors, backend="triton")
-    assert_same(results, explicit(*tensors)[name])
+    assert_same(with_gradients(every_result, *tensors, backend="triton"), results[name])
 
 
 REDUCED = {"high": {"tf32"}, "medium": {"tf32"}}
@@ -148,9 +149,8 @@ def test_results_hardly_depend_on_what_torch_is_set_to(set_precision, backend):
 
 
 @needs_triton
-def test_a_compiled_graph_follows_the_setting(set_precision):
-    tensors = inputs()
-    expected = explicit(*tensors)
+def test_a_compiled_graph_follows_the_setting(set_precision, explicit):
+    tensors, expected = explicit
     graphs = Graphs(every_result)
     # torch itself guards on "is it highest?", so that one more graph would be its own doing.
     for name in ("high", "medium", "high"):
