@@ -1,5 +1,6 @@
 """Which precision a call has: its own or torch's, in the fused kernels and in plain PyTorch."""
 
+import functools
 import threading
 
 import pytest
@@ -29,10 +30,9 @@ def set_precision():
     torch.set_float32_matmul_precision("highest")
 
 
-@pytest.fixture(scope="module")
+@functools.cache  # inside a test, whose fixtures it needs
 def explicit() -> tuple[tuple[torch.Tensor, ...], dict[str, list[torch.Tensor]]]:
     """Inputs, and the fused results by the name of their precision; different from one another."""
-    torch.manual_seed(0)
     tensors, names = inputs(), ("highest", "high", "medium")
     results = {
         name: with_gradients(every_result, *tensors, backend="triton", precision=name)
@@ -44,8 +44,8 @@ def explicit() -> tuple[tuple[torch.Tensor, ...], dict[str, list[torch.Tensor]]]
 
 
 @needs_triton
-def test_precision_follows_the_setting_of_torch(set_precision, explicit):
-    tensors, results = explicit
+def test_precision_follows_the_setting_of_torch(set_precision):
+    tensors, results = explicit()
     for name, expected in results.items():
         set_precision(name)
         assert_same(with_gradients(every_result, *tensors, backend="triton"), expected)
@@ -68,8 +68,8 @@ def test_nearest_follows_the_setting_too(set_precision):
 
 @needs_triton
 @pytest.mark.parametrize(("newer", "name"), [("tf32", "high"), ("ieee", "highest")])
-def test_precision_set_by_the_newer_name(set_precision, explicit, newer, name):
-    tensors, results = explicit
+def test_precision_set_by_the_newer_name(set_precision, newer, name):
+    tensors, results = explicit()
     SETTING.fp32_precision = newer
     assert_same(with_gradients(every_result, *tensors, backend="triton"), results[name])
 
@@ -149,8 +149,8 @@ def test_results_hardly_depend_on_what_torch_is_set_to(set_precision, backend):
 
 
 @needs_triton
-def test_a_compiled_graph_follows_the_setting(set_precision, explicit):
-    tensors, expected = explicit
+def test_a_compiled_graph_follows_the_setting(set_precision):
+    tensors, expected = explicit()
     graphs = Graphs(every_result)
     # torch itself guards on "is it highest?", so that one more graph would be its own doing.
     for name in ("high", "medium", "high"):
