@@ -23,7 +23,7 @@ from tests.kernels.results import (
 @pytest.mark.parametrize("backend", ["streaming", TRITON])
 def test_one_graph_whatever_the_temperature_and_the_rows(backend):
     graphs = Graphs(every_result, dynamic=True)
-    for temperature, rows in ((1.0, 70), (0.5, 33)):
+    for temperature, rows in ((1.0, 70), (0.5, 33), (0.25, 90)):
         z, codebook, _ = inputs(rows)
         tensors = (z, codebook, torch.tensor(temperature, device=DEVICE, requires_grad=True))
         compiled = with_gradients(graphs.run, *tensors, backend=backend)

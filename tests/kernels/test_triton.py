@@ -58,8 +58,8 @@ def test_shapes_and_temperatures(shape, kind, temperature):
 
 
 def test_small_tiles(small_tiles):
-    check_fused(lambda: draw(2, 40, 40, 20))
-    check_fused(lambda: draw(1, 40, 40, 20), torch.bfloat16, matmul=matmul_in(torch.bfloat16))
+    check_fused(lambda: draw(2, 70, 70, 20))
+    check_fused(lambda: draw(1, 70, 70, 20), torch.bfloat16, matmul=matmul_in(torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
